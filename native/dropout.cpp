@@ -1,0 +1,3 @@
+// Philox and dropout.
+#include <nanobind/nanobind.h>
+void bind_dropout(nanobind::module_&) {}

@@ -1,0 +1,47 @@
+"""twodice: the two kinds of chance in a language model, exact, reproducible and fast.
+
+The public names are loaded when they are first used, so that ``import twodice``, the command line's help and
+``twodice report`` need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twodice.dropout.attach import Handle as Handle
+    from twodice.dropout.attach import attach as attach
+    from twodice.dropout.functional import dropout as dropout
+    from twodice.dropout.functional import dropout_add as dropout_add
+    from twodice.dropout.plan import DropoutPlan as DropoutPlan
+    from twodice.errors import TwodiceError as TwodiceError
+    from twodice.random.keys import Key as Key
+    from twodice.sampling.params import SamplingParams as SamplingParams
+    from twodice.sampling.sample import sample as sample
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DropoutPlan": "twodice.dropout.plan",
+    "Handle": "twodice.dropout.attach",
+    "Key": "twodice.random.keys",
+    "SamplingParams": "twodice.sampling.params",
+    "TwodiceError": "twodice.errors",
+    "attach": "twodice.dropout.attach",
+    "dropout": "twodice.dropout.functional",
+    "dropout_add": "twodice.dropout.functional",
+    "sample": "twodice.sampling.sample",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'twodice' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
