@@ -1,1 +1,1 @@
-"""See the modules of this folder."""
+"""The command line: one file a command, imported only when it is called."""
