@@ -12,3 +12,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # tests.support and benchmarks; src comes installed
+
+REQUIRED = frozenset(filter(None, os.environ.get("TWODICE_REQUIRE", "").split(",")))
+
+
+def pytest_configure(config: object) -> None:
+    """A backend named in TWODICE_REQUIRE (native, browser) must be there, so that a skip cannot hide its loss."""
+    import shutil
+
+    if "native" in REQUIRED:
+        from twodice.kernels import dispatch
+
+        if dispatch.native is None:
+            raise SystemExit(f"TWODICE_REQUIRE names native kernels: {dispatch.why()}")
+    if "browser" in REQUIRED and shutil.which("chromium") is None:
+        raise SystemExit("TWODICE_REQUIRE names a browser and there is no chromium on the PATH")
