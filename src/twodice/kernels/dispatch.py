@@ -1,0 +1,75 @@
+"""Which kernels run, and why: the one place that reads ``TWODICE_KERNELS`` and loads the native module.
+
+``TWODICE_KERNELS=auto`` (the default) takes the native module where it is there, ``native`` demands it, ``reference``
+takes the readable twins. ``TWODICE_SIMD`` may lower the instruction set of the native kernels (``portable``, ``avx2``,
+``avx512``) for tests. The choice changes speed only, never a bit. This module knows no operation and no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import ModuleType
+from typing import Any, Literal
+
+from twodice.errors import BackendError, nearest
+
+MODES = ("auto", "native", "reference")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    mode = os.environ.get("TWODICE_KERNELS", "auto")
+    if mode not in MODES:
+        raise BackendError(f"TWODICE_KERNELS must be one of {', '.join(MODES)}; got {mode!r}{nearest(mode, MODES)}")
+    if mode == "reference":
+        return None, "TWODICE_KERNELS=reference asks for the readable twins"
+    try:
+        from twodice import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        why = f"the native module is not there ({error}); install with a C++17 compiler at hand"
+        if mode == "native":
+            raise BackendError(f"TWODICE_KERNELS=native, but {why}") from error
+        return None, why
+    if level := os.environ.get("TWODICE_SIMD"):
+        set_simd(_native, level)
+    return _native, f"native module, {_native.simd()} instructions"
+
+
+def set_simd(module: Any, level: str) -> None:
+    """Make the native kernels use this instruction set; an error names those that this machine has."""
+    if level not in module.simd_levels():
+        raise BackendError(
+            f"the instruction set must be one of {', '.join(module.simd_levels())} here; got {level!r}"
+        )
+    module.set_simd(level)
+
+
+native: Any
+native, _why = _load()
+_said = False
+
+
+def backend() -> Literal["native", "reference"]:
+    """Return which kernels are in use."""
+    return "reference" if native is None else "native"
+
+
+def why() -> str:
+    """Return the reason for that, in words."""
+    return _why
+
+
+def facts() -> dict[str, Any]:
+    """Return what ``twodice doctor`` shows: backend, reason, instruction sets (in use; available), hardware threads."""
+    found: dict[str, Any] = {"backend": backend(), "why": _why, "simd": None, "simd_levels": [], "threads": None}
+    if native is not None:
+        found |= {"simd": native.simd(), "simd_levels": native.simd_levels(), "threads": native.hardware_threads()}
+    return found
+
+
+def say_once_when_slow() -> None:
+    """Warn, once a process, that the readable twins are in use although nobody asked for them."""
+    global _said
+    if native is None and not _said and os.environ.get("TWODICE_KERNELS") != "reference":
+        _said = True
+        warnings.warn(f"twodice uses its slow reference kernels: {_why}", RuntimeWarning, stacklevel=3)
