@@ -1,12 +1,15 @@
 """A keyed bijection on [0, n) with random access: the order of the data, without a list of it.
 
-A Feistel network over Z_a x Z_b with a * b just above n (Black and Rogaway 2002, "Ciphers with arbitrary finite
-domains"), whose round function is Philox, walked along its cycle until it lands below n. This module knows neither
-what is ordered nor torch (a torch tensor is served where one is given).
+Up to 2^16 elements it is the order of as many keyed 64-bit words, which makes every ordering equally likely (a small
+Feistel network only reaches the even ones). Beyond, it is a Feistel network over Z_a x Z_b with a * b just above n
+(Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), whose round function is Philox, walked along its
+cycle until it lands below n. This module knows neither what is ordered nor torch (a torch tensor is served where one
+is given).
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import isqrt
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,10 +25,22 @@ if TYPE_CHECKING:
     Index = TypeVar("Index", int, np.ndarray, torch.Tensor)
 
 ROUNDS = 8
+SMALL = 2**16  # up to here the order is a sorted table, kept for the last few keys
+_TABLE = 0xFFFFFFFF  # counter word 1 of the table's words; the network has its round number there
+
+
+@lru_cache(maxsize=16)
+def _table(key: int, n: int) -> np.ndarray:
+    index = np.arange(n, dtype=np.uint64)
+    zero = index & 0
+    w0, w1, _, _ = philox4x32(index, zero + _TABLE, zero, zero, key)
+    order = np.argsort(w0 | (w1 << 32), kind="stable")
+    order.flags.writeable = False
+    return order
 
 
 def _sides(n: int) -> tuple[int, int]:
-    a = isqrt(n - 1) + 1 if n > 1 else 1
+    a = isqrt(n - 1) + 1
     return a, -(-n // a)
 
 
@@ -69,14 +84,17 @@ def permute(key: Key, index: Index, n: int) -> Index:
 
     Notes
     -----
-    *Randomness.* A pure function of (key, n, index). One element costs the same wherever it stands.
+    *Randomness.* A pure function of (key, n, index). Above 2^16 one element costs the same wherever it stands; up to 2^16 the
+    first one pays for a table of the whole order.
     """
     if not 1 <= n <= 2**62:
         raise ConfigError(f"the size of a permutation must be in [1, 2^62]; got {n}")
-    a, b = _sides(n)
     if isinstance(index, int):
         if not 0 <= index < n:
             raise ConfigError(f"an index must be in [0, {n}); got {index}")
+        if n <= SMALL:
+            return int(_table(key.value, n)[index])
+        a, b = _sides(n)
         x = _once(key.value, index, a, b)
         while x >= n:
             x = _once(key.value, x, a, b)
@@ -91,6 +109,9 @@ def permute(key: Key, index: Index, n: int) -> Index:
         return index.astype(np.int64)
     if int(index.min()) < 0 or int(index.max()) >= n:
         raise ConfigError(f"indices must be in [0, {n}); got {int(index.min())} to {int(index.max())}")
+    if n <= SMALL:
+        return _table(key.value, n)[index]
+    a, b = _sides(n)
     flat = _once(key.value, index.reshape(-1).astype(np.uint64), a, b)
     while (outside := np.flatnonzero(flat >= n)).size:
         flat[outside] = _once(key.value, flat[outside], a, b)
