@@ -1,0 +1,281 @@
+"""`sample`: from logits and settings to tokens, and the policy for rows that cannot be served.
+
+The file knows settings, seeds and policies; the chain itself is in ``twodice.kernels.sampling``.
+
+Letters: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from twodice.errors import ConfigError, RequestError, ShapeError, nearest
+from twodice.kernels import sampling as kernel
+from twodice.kernels.sampling import NEEDS, Chosen, Settings, Status
+from twodice.random import noise
+from twodice.random.keys import Key
+from twodice.sampling.params import SamplingParams
+
+SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
+History = tuple[Any, Any, Any] | tuple[Any, Any]
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What `sample` returns for R rows; a field that was not asked for is None.
+
+    Attributes
+    ----------
+    tokens : (R,) int64 tensor
+        The token of each row; -1 where `status` is not OK.
+    status : (R,) int32 tensor
+        `Status`: 0 OK, 1 NAN, 2 INFINITE (+inf among the logits), 3 EMPTY (nothing left to draw).
+    seeds : tuple of int
+        The seed of each row, given or made; with it the row can be had again.
+    logprob : (R,) float64 tensor, nats
+        Log-probability of the token after the whole chain.
+    raw_logprob : (R,) float64 tensor, nats
+        The model's own: under the softmax of the logits as they came.
+    temperature_logprob : (R,) float64 tensor, nats
+        After bias, penalty and temperature, before any filter.
+    rank : (R,) int64 tensor
+        Tokens that stand before it in order of logit (after bias and penalty), then id: 0 is the most probable.
+    kept : (offsets, ids)
+        Row i kept ``ids[offsets[i]:offsets[i + 1]]``, in order of rank.
+    kept_mass : (R,) float64 tensor
+        What the filters left of the distribution after temperature, in (0, 1].
+    entropy : (R,) float64 tensor, nats
+        Of the final distribution, from which the token was drawn.
+    """
+
+    tokens: Tensor
+    status: Tensor
+    seeds: tuple[int, ...]
+    logprob: Tensor | None = None
+    raw_logprob: Tensor | None = None
+    temperature_logprob: Tensor | None = None
+    rank: Tensor | None = None
+    kept: tuple[Tensor, Tensor] | None = None
+    kept_mass: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@lru_cache(maxsize=4096)
+def key_of(seed: int) -> int:
+    """The Philox key of a seed: the child ``sampling`` of ``Key(seed)``."""
+    return Key(seed).child("sampling").value
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Settings packed once for R rows (or one for all), with the seeds that were given."""
+
+    settings: Settings
+    seeds: tuple[int | None, ...]
+    all_seeded: bool
+    keys: npt.NDArray[np.uint64]
+
+
+def _row(params: SamplingParams) -> tuple[Any, ...]:
+    min_p = params.min_p
+    log_min_p = -np.inf
+    if min_p is not None and min_p > 0:
+        # A subnormal is taken as the smallest normal number: log is defined on these.
+        log_min_p = float(noise.log(torch.tensor([max(min_p, 2.0**-1022)], dtype=torch.float64)))
+    top_k = 0 if params.top_k is None or params.top_k <= 0 else params.top_k
+    top_p = 1.0 if params.top_p is None else params.top_p
+    penalty = 1.0 if params.repetition_penalty is None else params.repetition_penalty
+    return params.temperature, top_p, log_min_p, top_k, 0, penalty
+
+
+@lru_cache(maxsize=512)
+def pack(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
+    """Pack settings for the kernels; cached, because a text is many calls with the same settings."""
+    every = (params,) if isinstance(params, SamplingParams) else params
+    bias: list[Any] = [p.logit_bias if p.logit_bias is not None else () for p in every]
+    allowed: list[Any] = [p.allowed_tokens for p in every]
+    settings = Settings.pack([_row(p) for p in every], bias, allowed)
+    seeds = tuple(p.seed for p in every)
+    keys = np.array([0 if s is None else key_of(s) for s in seeds], np.uint64)
+    return Packed(settings, seeds, None not in seeds, keys)
+
+
+def _coordinate(value: Any, rows: int, name: str) -> Tensor:
+    """An integer, or one a row, as (R,) int64; bounds are checked here, on the host."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        found = torch.full((rows,), value, dtype=torch.int64) if -(2**63) <= value < 2**63 else None
+    else:
+        found = torch.as_tensor(value)
+        if found.dtype.is_floating_point or found.dtype == torch.bool or found.dtype.is_complex:
+            raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
+        found = found.to(torch.int64)
+        if found.ndim == 0:
+            found = found.expand(rows)
+        if found.shape != (rows,):
+            raise ShapeError(
+                f"{name} must be an integer or one a row, ({rows},); got shape {tuple(found.shape)}"
+            )
+    if found is None or (rows and (int(found.min()) < 0 or int(found.max()) >= 2**32)):
+        raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
+    return found
+
+
+def _history(value: History, rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    ids, offsets = torch.as_tensor(value[0]).to(torch.int64), torch.as_tensor(value[1]).to(torch.int64)
+    # value[2], the lengths of the prompts, is for stages that do not look at the prompt; repetition looks at all of it.
+    if ids.ndim != 1 or offsets.shape != (rows + 1,):
+        raise ShapeError(
+            f"history must be (ids (n,), offsets ({rows + 1},), prompt_lengths ({rows},)); "
+            f"got ids {tuple(ids.shape)} and offsets {tuple(offsets.shape)}"
+        )
+    if int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel() or bool((offsets[1:] < offsets[:-1]).any()):
+        raise ShapeError(
+            f"the offsets of history must rise from 0 to {ids.numel()}; got {offsets.tolist()[:8]} ..."
+        )
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+        raise RequestError(
+            f"the ids of history must be in [0, {vocabulary}); got {int(ids.min())} to {int(ids.max())}"
+        )
+    return ids.contiguous(), offsets.contiguous()
+
+
+def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[np.uint64]]:
+    """Seeds and keys of all rows; a row without a seed gets a fresh one from the operating system."""
+    one = len(packed.seeds) == 1
+    if packed.all_seeded:
+        seeds: Any = packed.seeds * rows if one else packed.seeds
+        return seeds, packed.keys
+    given = packed.seeds * rows if one else packed.seeds
+    made = tuple(secrets.randbits(SEED_BITS) if s is None else s for s in given)
+    fresh = [
+        Key(m).child("sampling").value if s is None else key_of(m) for s, m in zip(given, made, strict=True)
+    ]
+    return made, np.array(fresh, np.uint64)
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams | Sequence[SamplingParams],
+    position: int | Tensor | Sequence[int],
+    *,
+    history: History | None = None,
+    completion: int | Tensor | Sequence[int] = 0,
+    need: Iterable[str] = (),
+    on_bad_row: Literal["raise", "flag"] | None = None,
+) -> Sampled:
+    """Draw one token a row.
+
+    Parameters
+    ----------
+    logits : (R, V) float tensor, or (V,) for one row
+        float32, bfloat16, float16 (taken as float32) or float64; any strides. V at most 2^20.
+    params : SamplingParams, or one a row
+        Rows with different settings cost no Python loop; the packing is cached.
+    position : int or (R,) integers
+        Place of the token to be drawn in its sequence, the prompt counted; in [0, 2^32).
+    history : (ids, offsets, prompt_lengths), optional
+        The sequences so far, one behind the other; needed where a repetition penalty is set.
+    completion : int or (R,) integers
+        Which of n continuations of one request this is; in [0, 2^32).
+    need : names of `Sampled` fields
+        What else to return. What is not asked for costs nothing.
+    on_bad_row : "raise" or "flag"
+        For rows with NaN, with +inf, or with nothing left. "raise" is the default on the CPU; "flag" elsewhere: token -1
+        and a status, never a made-up token.
+
+    Returns
+    -------
+    Sampled
+
+    Raises
+    ------
+    ShapeError
+        If shapes do not fit.
+    RequestError
+        If a coordinate or a token id is out of bounds, or (policy "raise") a row cannot be served.
+
+    Notes
+    -----
+    *Randomness*: the token is the argmax of ``logit / temperature + Gumbel noise`` over what is kept, and the noise is a
+    function of (seed, position, completion, token id): no other row, no row number, no device enters. Rows that share all
+    of these share their noise. Gumbel-max: Maddison, Tarlow and Minka 2014; exactly the softmax distribution to 2^-64.
+    """
+    if not isinstance(logits, Tensor):
+        logits = torch.as_tensor(logits)
+    if logits.ndim == 1:
+        logits = logits[None]
+    if logits.ndim != 2 or logits.shape[1] == 0 or not logits.dtype.is_floating_point:
+        raise ShapeError(
+            f"logits must be (rows, vocabulary) floats; got {tuple(logits.shape)} of {logits.dtype}"
+        )
+    rows, vocabulary = logits.shape
+    if vocabulary > kernel.MAX_VOCABULARY:
+        raise ShapeError(f"the vocabulary must be at most 2^20; got {vocabulary}")
+    if not isinstance(params, SamplingParams):
+        params = tuple(params)
+        if len(params) != rows:
+            raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(params)}")
+        if rows == 0:
+            params = SamplingParams()
+        elif rows == 1:
+            params = params[0]
+    need = tuple(need) if not isinstance(need, str) else (need,)
+    for name in need:
+        if name not in NEEDS:
+            raise ConfigError(f"need names fields of Sampled; got {name!r}{nearest(name, NEEDS)}")
+    if on_bad_row not in (None, "raise", "flag"):
+        raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
+    packed = pack(params)
+    if packed.settings.highest_id >= vocabulary:
+        raise RequestError(
+            f"logit_bias and allowed_tokens must name ids in [0, {vocabulary}); got {packed.settings.highest_id}"
+        )
+    if packed.settings.penalised and history is None:
+        raise RequestError("a repetition penalty needs history=(ids, offsets, prompt_lengths); got None")
+    past = _history(history, rows, vocabulary) if history is not None and packed.settings.penalised else None
+    seeds, keys = _seed_rows(packed, rows)
+    where, which = _coordinate(position, rows, "position"), _coordinate(completion, rows, "completion")
+    chosen = kernel.choose(logits, packed.settings, keys, where, which, past, need)
+    policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
+    if policy == "raise":
+        _raise_on_bad(chosen)
+    return Sampled(
+        chosen.tokens,
+        chosen.status,
+        seeds,
+        chosen.logprob,
+        chosen.raw_logprob,
+        chosen.temperature_logprob,
+        chosen.rank,
+        chosen.kept,
+        chosen.kept_mass,
+        chosen.entropy,
+    )
+
+
+_WORDS = {
+    Status.NAN: "NaN among its logits",
+    Status.INFINITE: "+inf among its logits (as they came, or after bias and penalty)",
+    Status.EMPTY: "no token left to draw: all logits are -inf after bias and allowed tokens",
+}
+
+
+def _raise_on_bad(chosen: Chosen) -> None:
+    if not bool(chosen.status.any()):
+        return
+    bad = chosen.status.nonzero()[:, 0].tolist()
+    first = Status(int(chosen.status[bad[0]]))
+    more = f" (and {len(bad) - 1} more rows: {bad[1:9]})" if len(bad) > 1 else ""
+    raise RequestError(
+        f"each row must have finite logits or -inf, and one to draw; row {bad[0]} has {_WORDS[first]}{more}; "
+        "on_bad_row='flag' returns token -1 and a status instead"
+    )
