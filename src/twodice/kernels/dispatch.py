@@ -7,8 +7,8 @@ takes the readable twins. ``TWODICE_SIMD`` may lower the instruction set of the 
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
 from types import ModuleType
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ def _load() -> tuple[ModuleType | None, str]:
         if mode == "native":
             raise BackendError(f"TWODICE_KERNELS=native, but {why}") from error
         return None, why
+    if not hasattr(_native, "simd"):
+        return None, "the native module is older than the source; build it again (make native)"
     if level := os.environ.get("TWODICE_SIMD"):
         set_simd(_native, level)
     return _native, f"native module, {_native.simd()} instructions"
@@ -68,8 +70,8 @@ def facts() -> dict[str, Any]:
 
 
 def say_once_when_slow() -> None:
-    """Warn, once a process, that the readable twins are in use although nobody asked for them."""
+    """Log a warning, once a process, that the readable twins are in use although nobody asked for them."""
     global _said
     if native is None and not _said and os.environ.get("TWODICE_KERNELS") != "reference":
         _said = True
-        warnings.warn(f"twodice uses its slow reference kernels: {_why}", RuntimeWarning, stacklevel=3)
+        logging.getLogger("twodice").warning("twodice uses its slow reference kernels: %s", _why)

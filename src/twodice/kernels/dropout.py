@@ -1,0 +1,228 @@
+"""Dropout on a tensor with declared axes: forward, gradient, and the operation that ``torch.compile`` sees.
+
+Eager calls on the CPU go straight to the native kernel with raw addresses (a registered operation costs tens of
+microseconds a call); compiled code and fake tensors go through ``torch.ops.twodice.dropout``; everything else takes
+the readable twin in ``dropout_reference``. The choice changes speed only. This module knows no rate (only
+thresholds), no plan and no model.
+
+Letters: B rows, H heads, T positions, C columns, S keys, N rows of a flattened batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from twodice.errors import ConfigError, ShapeError
+from twodice.kernels import dispatch
+from twodice.kernels.dropout_layout import LAYOUTS, coordinates, sizes
+from twodice.kernels.dropout_reference import dropout_reference
+from twodice.random.draws import BOUNDS, ONE, check_bound, check_bounds
+from twodice.random.keys import Key, key_bits
+
+__all__ = ["LAYOUTS", "dropout"]
+
+_SIGN = 1 << 63
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def dropout(
+    x: torch.Tensor,
+    threshold: int | torch.Tensor,
+    key: Key | int,
+    step: int | torch.Tensor,
+    *,
+    examples: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
+    layout: str = "btc",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `x` with units dropped, and `residual` added where one is given.
+
+    Parameters
+    ----------
+    x : tensor
+        float32, float64, bfloat16 or float16, with the axes that `layout` names.
+    threshold : int or 0-dim int64 tensor
+        In [0, 65536]: 65536 times the rate. A tensor, so that a schedule never recompiles.
+    key : Key or int
+        The site's key.
+    step : int or 0-dim int64 tensor
+        In [0, 2^32).
+    examples : int64 tensor (B,) or (B, T), optional
+        Slot of each row in the global batch of the step; default 0 .. B-1. For ``nc`` (N,) or what flattens to it.
+    positions : int64 tensor (B, T) or (1, T), optional
+        Position of each token; default 0 .. T-1. For ``nc`` it must be given, as (N,) or as what flattens to it.
+    key_positions : int64 tensor (B, S) or (1, S), optional
+        Only for ``bhts``: the column of each key is its position; default 0 .. S-1.
+    layout : {"btc", "tbc", "bc", "nc", "bhts", "bct", "bchw"}
+        What the axes mean; ``bc`` has position 0, ``bchw`` position h * W + w, ``bhts`` head h.
+    residual : tensor, optional
+        Of the shape and dtype of `x`; the sum is rounded after the product, as in ``residual + dropout(x)``.
+
+    Returns
+    -------
+    tensor
+        A new tensor of the shape and dtype of `x`, never `x` itself, also where nothing is dropped.
+
+    Raises
+    ------
+    ShapeError
+        If shapes, layout or dtype do not fit.
+    ConfigError
+        If a coordinate is outside its range.
+
+    Notes
+    -----
+    *Randomness.* A pure function of (key, step, example, position, head, column); the backward pass computes the mask
+    again from them, and keeps no mask. Double backward is not defined.
+    """
+    bits = key.seed if isinstance(key, Key) else key_bits(key)
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return _through_operation(
+            x, threshold, bits, step, examples, positions, key_positions, layout, residual
+        )
+    if x.is_cpu:
+        # Values now: a schedule's tensor may be changed in place before the backward pass reads it.
+        threshold, step = int(threshold), int(step)
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        return _Dropout.apply(  # type: ignore[no-any-return]
+            x, residual, threshold, bits, step, examples, positions, key_positions, layout
+        )
+    return _forward(x, residual, threshold, bits, step, examples, positions, key_positions, layout)
+
+
+class _Dropout(torch.autograd.Function):
+    """The gradient: the same selection and scale on what comes from above. Keeps coordinates, no mask, no input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        threshold: int | torch.Tensor,
+        key: int,
+        step: int | torch.Tensor,
+        examples: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        key_positions: torch.Tensor | None,
+        layout: str,
+    ) -> torch.Tensor:
+        if examples is not None or positions is not None or key_positions is not None:
+            ctx.save_for_backward(examples, positions, key_positions)
+        ctx.rest = threshold, key, step, layout
+        return _forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        threshold, key, step, layout = ctx.rest
+        examples, positions, key_positions = ctx.saved_tensors or (None, None, None)
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            for_x = _forward(grad, None, threshold, key, step, examples, positions, key_positions, layout)
+        return for_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None, None, None
+
+
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    threshold: int | torch.Tensor,
+    key: int,
+    step: int | torch.Tensor,
+    examples: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    if x.dtype not in _CODES:
+        raise ShapeError(f"dropout serves float32, float64, bfloat16 and float16; got {x.dtype}; cast it first")
+    if residual is not None and (
+        residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
+    ):
+        raise ShapeError(
+            f"the residual must have the shape, dtype and device of x ({tuple(x.shape)}, {x.dtype}, {x.device}); "
+            f"got {tuple(residual.shape)}, {residual.dtype}, {residual.device}"
+        )
+    if isinstance(threshold, int) and not 0 <= threshold <= ONE:
+        raise ConfigError(f"a threshold must be in [0, {ONE}]; got {threshold}")
+    if isinstance(step, int) and not 0 <= step < BOUNDS["step"]:
+        check_bound("step", step)
+    where = coordinates(x, layout, examples, positions, key_positions)
+    if x.is_cpu:
+        for name, values in where.given():
+            check_bounds(name, values)
+        dispatch.say_once_when_slow()
+    out = torch.empty_like(x)
+    return out.copy_(dropout_reference(x, threshold, key, step, where, layout, residual))
+
+
+@torch.library.custom_op("twodice::dropout", mutates_args=())
+def _operation(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    threshold: torch.Tensor,
+    key: torch.Tensor,
+    step: torch.Tensor,
+    examples: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    bits = int(key) % (1 << 64)
+    if x.is_cpu:
+        return _forward(
+            x, residual, int(threshold), bits, int(step), examples, positions, key_positions, layout
+        )
+    return _forward(x, residual, threshold, bits, step, examples, positions, key_positions, layout)
+
+
+@_operation.register_fake
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, _, threshold, key, step, examples, positions, key_positions, layout = inputs
+    ctx.save_for_backward(threshold, key, step, examples, positions, key_positions)
+    ctx.layout = layout
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    threshold, key, step, examples, positions, key_positions = ctx.saved_tensors
+    for_x = None
+    if ctx.needs_input_grad[0]:
+        for_x = _operation(grad, None, threshold, key, step, examples, positions, key_positions, ctx.layout)
+    return for_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None, None, None
+
+
+_operation.register_autograd(_gradient, setup_context=_keep)
+
+
+def _scalar(value: int | torch.Tensor) -> torch.Tensor:
+    """An integer of 64 bits, signed or not, as the 0-dim tensor that a compiled graph takes."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), value - (1 << 64) if value >= _SIGN else value, dtype=torch.int64)
+
+
+def _through_operation(
+    x: torch.Tensor,
+    threshold: int | torch.Tensor,
+    key: int,
+    step: int | torch.Tensor,
+    examples: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    layout: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    if x.dtype not in _CODES:
+        raise ShapeError(f"dropout serves float32, float64, bfloat16 and float16; got {x.dtype}; cast it first")
+    sizes(x, layout)
+    return _operation(
+        x, residual, _scalar(threshold), _scalar(key), _scalar(step), examples, positions, key_positions, layout
+    )
