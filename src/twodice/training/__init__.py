@@ -1,1 +1,1 @@
-"""See the modules of this folder."""
+"""Training: from a configuration and a store of tokens to a run's folder. Import its modules by name."""

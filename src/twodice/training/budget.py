@@ -1,0 +1,181 @@
+"""What was left open is settled here, each with its reason: context, batch, steps, rates, how often to measure and save.
+
+Pure but for the one measurement that ``--minutes`` needs, which is handed in. Does not know the loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from twodice.dropout.plan import DropoutPlan
+from twodice.errors import ConfigError, DataError
+from twodice.training.config import TrainConfig, with_value
+from twodice.training.models import model_facts
+from twodice.training.presets import PRESETS
+
+# Repeating a text up to about 4 times is nearly as good as fresh text (Muennighoff et al. 2023, section 5).
+_EPOCHS = 4
+_FEWEST_STEPS, _MOST_STEPS = 200, 2000
+_EVALUATIONS = 20
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a few real steps took on this machine [s], and the peak of memory then [bytes]."""
+
+    step_s: float
+    evaluation_s: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with nothing left open, and why each derived value is what it is, by dotted name."""
+
+    config: TrainConfig
+    reasons: dict[str, str]
+
+
+def resolve_text(config: TrainConfig) -> Resolved:
+    """Settle what must be known before the text is read: the tokenizer and the context.
+
+    Raises
+    ------
+    ConfigError
+        The model, the plan of dropout or the context cannot be meant.
+    """
+    DropoutPlan.parse(config.dropout)
+    facts = model_facts(config.model)
+    reasons: dict[str, str] = {}
+    if config.tokenizer is None:
+        why = "the model's own" if facts.is_folder else "trained on the training part"
+        config, reasons["tokenizer"] = with_value(config, "tokenizer", facts.tokenizer), why
+    if config.context is None:
+        config = with_value(config, "context", facts.context)
+        reasons["context"] = facts.why
+    assert config.context is not None
+    if facts.longest is not None and config.context > facts.longest:
+        raise ConfigError(f"context must be at most the model's own {facts.longest}; got {config.context}")
+    return Resolved(config, reasons)
+
+
+def resolve(
+    config: TrainConfig, store: Any, measure: Callable[[TrainConfig], Speed] | None = None
+) -> Resolved:
+    """Settle everything else.
+
+    Parameters
+    ----------
+    config
+        As asked for.
+    store
+        The tokens.
+    measure
+        Times a few real steps of a configuration that is settled but for its steps; needed for ``minutes`` only.
+    """
+    before = resolve_text(config)
+    config, reasons = before.config, dict(before.reasons)
+    facts = model_facts(config.model)
+    assert config.context is not None
+    windows = store.splits["train"].num_windows(config.context)
+    if windows < 1:
+        raise DataError(
+            f"the training part must fill one window of {config.context} tokens; use a smaller --context"
+        )
+
+    if config.vocabulary is None:
+        config = with_value(config, "vocabulary", store.vocabulary)
+        reasons["vocabulary"] = getattr(store, "vocabulary_reason", None) or "that of the tokenizer"
+    if config.batch is None:
+        config, reasons["batch"] = _with_batch(config, facts.batch, windows, facts.why)
+    assert config.batch is not None
+    if config.optimizer.lr is None:
+        config, reasons["optimizer.lr"] = with_value(config, "optimizer.lr", facts.lr), facts.why
+    assert config.optimizer.lr is not None
+    if config.optimizer.min_lr is None:
+        config = with_value(config, "optimizer.min_lr", config.optimizer.lr / 10)
+        reasons["optimizer.min_lr"] = "a tenth of lr"
+    elif config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr must be at most lr {config.optimizer.lr:g}; got {config.optimizer.min_lr:g}"
+        )
+
+    if config.steps is None:
+        config, reasons["steps"] = _with_steps(config, windows, measure)
+    assert config.steps is not None
+    if config.optimizer.warmup is None:
+        config = with_value(config, "optimizer.warmup", min(200, max(1, config.steps // 20)))
+        reasons["optimizer.warmup"] = "5 % of the steps, at most 200"
+    every = max(1, math.ceil(config.steps / _EVALUATIONS))
+    for name in ("evaluation.every", "checkpoint.every"):
+        group = config.evaluation if name.startswith("e") else config.checkpoint
+        if group.every is None:
+            config = with_value(config, name, every)
+            reasons[name] = f"a twentieth of {config.steps} steps"
+    return Resolved(config, reasons)
+
+
+def _with_batch(config: TrainConfig, usual: int, windows: int, why: str) -> tuple[TrainConfig, str]:
+    batch = usual
+    while batch > 1 and batch > windows:
+        batch //= 2
+    if batch < usual:
+        why = f"the training part has {windows} windows only"
+    multiple = math.ceil(batch / config.accumulate) * config.accumulate
+    if multiple != batch:
+        why += f", rounded up to a multiple of accumulate {config.accumulate}"
+    return with_value(config, "batch", multiple), why
+
+
+def _with_steps(
+    config: TrainConfig, windows: int, measure: Callable[[TrainConfig], Speed] | None
+) -> tuple[TrainConfig, str]:
+    assert config.batch is not None
+    if config.epochs is not None:
+        steps = max(1, round(config.epochs * windows / config.batch))
+        why = f"{config.epochs:g} epochs of {windows} windows in batches of {config.batch}"
+        return with_value(config, "steps", steps), why
+    if config.minutes is not None:
+        assert measure is not None, "minutes need a measurement"
+        minutes = config.minutes
+        # The measurement trains a few steps of a run of the shortest usual length; its schedule does not matter.
+        speed = measure(resolve_for_measurement(config))
+        # Start, export and the self-check of the export take a few seconds beside the steps.
+        left = minutes * 60 * 0.97 - (_EVALUATIONS + 1) * speed.evaluation_s
+        steps = max(1, int(left / speed.step_s))
+        why = f"{minutes:g} minutes at {speed.step_s * 1e3:.0f} ms a step, measured here"
+        return with_value(config, "steps", steps), why
+    wanted = round(_EPOCHS * windows / config.batch)
+    steps = min(_MOST_STEPS, max(_FEWEST_STEPS, wanted))
+    why = f"{_EPOCHS} epochs would be {wanted} steps"
+    if steps != wanted:
+        why += f"; at least {_FEWEST_STEPS} and at most {_MOST_STEPS} unless said"
+    return with_value(config, "steps", steps), why
+
+
+def resolve_for_measurement(config: TrainConfig) -> TrainConfig:
+    """A settled configuration of the shortest usual length, for timing a few steps."""
+    values = config
+    if values.steps is None:
+        values = with_value(values, "steps", _FEWEST_STEPS)
+    if values.optimizer.warmup is None:
+        values = with_value(values, "optimizer.warmup", 0)
+    for name in ("evaluation.every", "checkpoint.every"):
+        values = with_value(values, name, _FEWEST_STEPS)
+    return values
+
+
+def num_parameters(model: Any) -> int:
+    """Parameters of a model, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def state_bytes(parameters: int) -> int:
+    """Bytes that weights, gradients, the two moments of AdamW and the copy of the best weights take in float32."""
+    return parameters * 4 * 5
+
+
+__all__ = ["PRESETS", "Resolved", "Speed", "num_parameters", "resolve", "resolve_text", "state_bytes"]
