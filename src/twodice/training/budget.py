@@ -1,4 +1,5 @@
-"""What was left open is settled here, each with its reason: context, batch, steps, rates, how often to measure and save.
+"""What was left open is settled here, each with its reason: context, batch, steps, rates, how often to
+measure and save.
 
 Pure but for the one measurement that ``--minutes`` needs, which is handed in. Does not know the loop.
 """
@@ -74,34 +75,33 @@ def resolve(
     store
         The tokens.
     measure
-        Times a few real steps of a configuration that is settled but for its steps; needed for ``minutes`` only.
+        Times a few real steps of a configuration that is settled but for its steps; needed for ``minutes``
+        only.
     """
     before = resolve_text(config)
     config, reasons = before.config, dict(before.reasons)
     facts = model_facts(config.model)
     assert config.context is not None
+    if config.vocabulary is None and config.tokenizer == "bpe":
+        config = with_value(config, "vocabulary", store.vocabulary)
+        reasons["vocabulary"] = "from the amount of training text"
     windows = store.splits["train"].num_windows(config.context)
     if windows < 1:
         raise DataError(
             f"the training part must fill one window of {config.context} tokens; use a smaller --context"
         )
 
-    if config.vocabulary is None:
-        config = with_value(config, "vocabulary", store.vocabulary)
-        reasons["vocabulary"] = getattr(store, "vocabulary_reason", None) or "that of the tokenizer"
     if config.batch is None:
         config, reasons["batch"] = _with_batch(config, facts.batch, windows, facts.why)
-    assert config.batch is not None
     if config.optimizer.lr is None:
         config, reasons["optimizer.lr"] = with_value(config, "optimizer.lr", facts.lr), facts.why
-    assert config.optimizer.lr is not None
     if config.optimizer.min_lr is None:
+        assert config.optimizer.lr is not None
         config = with_value(config, "optimizer.min_lr", config.optimizer.lr / 10)
         reasons["optimizer.min_lr"] = "a tenth of lr"
-    elif config.optimizer.min_lr > config.optimizer.lr:
-        raise ConfigError(
-            f"optimizer.min_lr must be at most lr {config.optimizer.lr:g}; got {config.optimizer.min_lr:g}"
-        )
+    peak, floor = config.optimizer.lr, config.optimizer.min_lr
+    if peak is not None and floor is not None and floor > peak:
+        raise ConfigError(f"optimizer.min_lr must be at most lr {peak:g}; got {floor:g}")
 
     if config.steps is None:
         config, reasons["steps"] = _with_steps(config, windows, measure)
@@ -133,22 +133,24 @@ def _with_batch(config: TrainConfig, usual: int, windows: int, why: str) -> tupl
 def _with_steps(
     config: TrainConfig, windows: int, measure: Callable[[TrainConfig], Speed] | None
 ) -> tuple[TrainConfig, str]:
-    assert config.batch is not None
+    batch = config.batch
+    assert batch is not None
     if config.epochs is not None:
-        steps = max(1, round(config.epochs * windows / config.batch))
-        why = f"{config.epochs:g} epochs of {windows} windows in batches of {config.batch}"
+        steps = max(1, round(config.epochs * windows / batch))
+        why = f"{config.epochs:g} epochs of {windows} windows in batches of {batch}"
         return with_value(config, "steps", steps), why
     if config.minutes is not None:
         assert measure is not None, "minutes need a measurement"
         minutes = config.minutes
-        # The measurement trains a few steps of a run of the shortest usual length; its schedule does not matter.
+        # The measurement trains a few steps of a run of the shortest usual length; its schedule does not
+        # matter.
         speed = measure(resolve_for_measurement(config))
         # Start, export and the self-check of the export take a few seconds beside the steps.
         left = minutes * 60 * 0.97 - (_EVALUATIONS + 1) * speed.evaluation_s
         steps = max(1, int(left / speed.step_s))
         why = f"{minutes:g} minutes at {speed.step_s * 1e3:.0f} ms a step, measured here"
         return with_value(config, "steps", steps), why
-    wanted = round(_EPOCHS * windows / config.batch)
+    wanted = round(_EPOCHS * windows / batch)
     steps = min(_MOST_STEPS, max(_FEWEST_STEPS, wanted))
     why = f"{_EPOCHS} epochs would be {wanted} steps"
     if steps != wanted:
@@ -174,7 +176,8 @@ def num_parameters(model: Any) -> int:
 
 
 def state_bytes(parameters: int) -> int:
-    """Bytes that weights, gradients, the two moments of AdamW and the copy of the best weights take in float32."""
+    """Bytes that weights, gradients, the two moments of AdamW and the copy of the best weights take in
+    float32."""
     return parameters * 4 * 5
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, a manifest of digests written last, a side folder that is then renamed.
 
-A folder ``step-000120`` is there whole or not at all, whatever moment the process dies at. Nothing is unpickled. Holds
-no generator state, because there is none: every random decision is a function of a key and of the step. Does not know
-what the tensors mean, nor how training goes on from them.
+A folder ``step-000120`` is there whole or not at all, whatever moment the process dies at. Nothing is
+unpickled. Holds no generator state, because there is none: every random decision is a function of a key and
+of the step. Does not know what the tensors mean, nor how training goes on from them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Disk:
-    """The operations on files that a save is made of, each of which can fail; tests put a failing one in its place."""
+    """The operations on files that a save is made of, each of which can fail; tests put a failing one in its
+    place."""
 
     def make_folder(self, path: Path) -> None:
         """Make one folder; the parents too."""
@@ -192,7 +193,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, name: str) -> Tensors:
-    """Tensors of one file of a verified checkpoint, on the CPU; empty where the checkpoint has no such file."""
+    """Tensors of one file of a verified checkpoint, on the CPU; empty where the checkpoint has no such
+    file."""
     file = path / name
     if not file.exists():
         return {}
@@ -213,7 +215,8 @@ def newest_checkpoint(
     folder
         The run's folder of checkpoints.
     accept
-        Gets a state, returns None to take it, an empty string to pass it over, or the reason why it is damaged.
+        Gets a state, returns None to take it, an empty string to pass it over, or the reason why it is
+        damaged.
     warn
         Is told of each damaged checkpoint, with the file, before the one before it is looked at.
 

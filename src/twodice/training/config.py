@@ -1,7 +1,9 @@
-"""What a run is told: one frozen tree of settings, checked at birth; its descriptions are the help text and the docs.
+"""What a run is told: one frozen tree of settings, checked at birth; its descriptions are the help text and
+the docs.
 
-Holds the fields, the reading of files (TOML, JSON, a run's own config.json) and the changing of one setting by name.
-Does not know what a default is resolved to (`budget`), nor anything of torch: a program without torch may read it.
+Holds the fields, the reading of files (TOML, JSON, a run's own config.json) and the changing of one setting
+by name. Does not know what a default is resolved to (`budget`), nor anything of torch: a program without
+torch may read it.
 """
 
 from __future__ import annotations
@@ -30,25 +32,25 @@ class _Settings(BaseModel):
 class OptimizerConfig(_Settings):
     """AdamW and the schedule of its learning rate."""
 
-    lr: _Positive | None = Field(None, description="peak learning rate; default by size of the model")
+    lr: _Positive | None = Field(default=None, description="peak learning rate; default by size of the model")
     min_lr: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="learning rate at the end of the schedule; default a tenth of lr"
+        default=None, description="learning rate at the end of the schedule; default a tenth of lr"
     )
-    beta1: _Rate = Field(0.9, description="decay of the mean of the gradients, in [0, 1)")
-    beta2: _Rate = Field(0.95, description="decay of the mean of their squares, in [0, 1)")
+    beta1: _Rate = Field(default=0.9, description="decay of the mean of the gradients, in [0, 1)")
+    beta2: _Rate = Field(default=0.95, description="decay of the mean of their squares, in [0, 1)")
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.1,
+        default=0.1,
         description="decoupled decay of matrices (not of biases and norms), per step times the learning rate",
     )
     clip: _Positive | None = Field(
-        1.0, description="largest norm of the gradient; none switches clipping off"
+        default=1.0, description="largest norm of the gradient; none switches clipping off"
     )
     warmup: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="steps of linear warm-up; default 5 % of the steps, at most 200"
+        default=None, description="steps of linear warm-up; default 5 % of the steps, at most 200"
     )
     schedule: Literal["cosine", "trapezoid", "constant"] = Field(
-        "cosine",
-        description="after the warm-up: cosine to min_lr, flat with a linear fall over the last fifth, or flat",
+        default="cosine",
+        description="after warm-up: cosine to min_lr; flat, then a linear fall over the last fifth; or flat",
     )
 
 
@@ -56,10 +58,10 @@ class EvaluationConfig(_Settings):
     """When and on how much text the losses are measured."""
 
     every: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="steps between evaluations; default a twentieth of the run"
+        default=None, description="steps between evaluations; default a twentieth of the run"
     )
     windows: Annotated[int, Field(ge=1)] = Field(
-        64, description="windows of each part (train, validation A, validation B), the same ones every time"
+        default=64, description="windows of each part (train, validation A and B), the same every time"
     )
 
 
@@ -67,10 +69,10 @@ class CheckpointConfig(_Settings):
     """When the state is saved and how much of it is kept."""
 
     every: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="steps between checkpoints; default a twentieth of the run"
+        default=None, description="steps between checkpoints; default a twentieth of the run"
     )
     keep: Annotated[int, Field(ge=1)] = Field(
-        2, description="how many of the last checkpoints stay, besides step 0 and the best"
+        default=2, description="how many of the last checkpoints stay, besides step 0 and the best"
     )
 
 
@@ -78,52 +80,53 @@ class TrainConfig(_Settings):
     """Everything that a run's result is a function of, together with the text and the machine."""
 
     data: tuple[str, ...] = Field(
-        ("python-docs",),
+        default=("python-docs",),
         min_length=1,
         description="text files, folders, .jsonl, .parquet, or python-docs (embedded) or markov (drawn)",
     )
-    field: str = Field("text", description="name of the text field in JSONL and Parquet")
+    field: str = Field(default="text", description="name of the text field in JSONL and Parquet")
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="share of the documents that is used, in (0, 1]; chosen by key"
+        default=1.0, description="share of the documents that is used, in (0, 1]; chosen by key"
     )
     model: str = Field(
-        "gpt2-nano", description="a preset, or a folder in Hugging Face format, which is fine-tuned"
+        default="gpt2-nano", description="a preset, or a folder in Hugging Face format, which is fine-tuned"
     )
     dropout: str = Field(
-        "none", description="plan of dropout, such as 'embedding=0.1, residual=0.1'; none for none"
+        default="none", description="plan of dropout, such as 'embedding=0.1, residual=0.1'; none for none"
     )
     tokenizer: str | None = Field(
-        None,
+        default=None,
         description="bpe (trained on the training part), bytes, or a folder; default bpe, or the model's own",
     )
     vocabulary: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="size of the vocabulary of a trained tokenizer; default from the amount of text"
+        default=None, description="vocabulary of a trained tokenizer; default from the amount of text"
     )
     context: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="tokens that the model sees at once; default by preset"
+        default=None, description="tokens that the model sees at once; default by preset"
     )
-    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimizer steps")
-    epochs: _Positive | None = Field(None, description="passes over the training text, instead of steps")
-    minutes: _Positive | None = Field(None, description="time to train on this machine, instead of steps")
+    steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="optimizer steps")
+    epochs: _Positive | None = Field(default=None, description="passes over the training text")
+    minutes: _Positive | None = Field(default=None, description="time to train on this machine")
     batch: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="windows in a step, over all of accumulate"
+        default=None, description="windows in a step, over all of accumulate"
     )
     accumulate: Annotated[int, Field(ge=1)] = Field(
-        1, description="micro-batches that a step is split into (less memory, the same result)"
+        default=1, description="micro-batches that a step is split into (less memory, the same result)"
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = Field(
-        0, description="from it come the initial weights, the order of the data and the masks of dropout"
+        default=0, description="of the initial weights, the order of the data and the masks of dropout"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the arithmetic; weights stay float32. auto: bfloat16 where the device has it"
+        default="auto",
+        description="of the arithmetic (weights: float32); auto: bfloat16 where the device has it",
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="threads on the CPU; default what torch takes"
+        default=None, description="threads on the CPU; default what torch takes"
     )
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the optimizer")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="the evaluations")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="the checkpoints")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="the optimizer")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="the evaluations")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="the checkpoints")
 
     @model_validator(mode="after")
     def _across_fields(self) -> TrainConfig:

@@ -1,4 +1,5 @@
-"""The losses on fixed windows of train, validation A and validation B, in eval() mode: nats per token, bits per byte.
+"""The losses on fixed windows of train, validation A and validation B, in eval() mode: nats per token, bits
+per byte.
 
 Does not know the optimizer, nor when it is called. Letters: N windows, T positions, V vocabulary.
 """
@@ -84,8 +85,8 @@ def evaluate(
     Returns
     -------
     dict
-        ``<split>_nats_per_token`` and ``<split>_bits_per_byte`` for each of `SPLITS`. Bits per byte are those of the
-        targets that count, over the bytes that these stand for.
+        ``<split>_nats_per_token`` and ``<split>_bits_per_byte`` for each of `SPLITS`. Bits per byte are those
+        of the targets that count, over the bytes that these stand for.
 
     Raises
     ------

@@ -1,7 +1,8 @@
 """The finished model's folder in Hugging Face format, and the proof that it holds what was trained.
 
 The folder loads in transformers without any code of ours. Every sampling value is written out in
-``generation_config.json``, because an absent one means another default in each engine. Does not know the loop.
+``generation_config.json``, because an absent one means another default in each engine. Does not know the
+loop.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def export_model(
     folder
         The target; one that is there is replaced.
     source
-        Folder of the model that was fine-tuned, whose tokenizer's settings are taken over; None for a new model.
+        Folder of the model that was fine-tuned, whose tokenizer's settings are taken over; None for a new
+        model.
     probe
         Token ids of shape (rows, positions) for the comparison, on the CPU.
 
@@ -77,7 +79,8 @@ def export_model(
 
 @torch.no_grad()
 def largest_difference(model: torch.nn.Module, folder: Path, probe: torch.Tensor) -> float:
-    """Largest absolute difference of a logit on `probe` between `model` and the one that transformers loads."""
+    """Largest absolute difference of a logit on `probe` between `model` and the one that transformers
+    loads."""
     loaded = load_folder(folder).eval()
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -104,7 +107,8 @@ def _model_config(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def generation_settings(model: torch.nn.Module, end: int | None) -> dict[str, Any]:
-    """Every sampling value, each at the value that changes nothing, and the tokens that begin and end a text."""
+    """Every sampling value, each at the value that changes nothing, and the tokens that begin and end a
+    text."""
     config: Any = model.config
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     kept = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -137,7 +141,8 @@ def _write_tokenizer(
 ) -> None:
     shutil.copyfile(store.tokenizer_file, folder / "tokenizer.json")
     if source is not None and (Path(source) / "tokenizer_config.json").is_file():
-        # The files of the model that was fine-tuned, as they are; a class of their own or code is not taken over.
+        # The files of the model that was fine-tuned, as they are; a class of their own or code is not taken
+        # over.
         values = json.loads((Path(source) / "tokenizer_config.json").read_text(encoding="utf-8"))
         values.pop("auto_map", None)
         for name in ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):

@@ -1,6 +1,8 @@
-"""The one file that may seed torch's own generator: initial weights, and a net under random calls outside the plan.
+"""The one file that may seed torch's own generator: initial weights, and a net under random calls outside the
+plan.
 
-Weights are drawn on the CPU, so that they are the same for every device, and are stored as the checkpoint of step 0.
+Weights are drawn on the CPU, so that they are the same for every device, and are stored as the checkpoint of
+step 0.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def generator_set_aside(device: torch.device | None = None) -> Iterator[None]:
 
 
 def new_model(config: Any, seed: int) -> torch.nn.Module:
-    """Make a causal language model from a transformers config, with initial weights drawn on the CPU in float32.
+    """Make a causal language model from a transformers config, with initial weights drawn on the CPU in
+    float32.
 
     Randomness
     ----------
@@ -38,7 +41,8 @@ def new_model(config: Any, seed: int) -> torch.nn.Module:
 
 
 def reseed_net(key: Key, step: int, micro: int, rank: int) -> None:
-    """Seed torch's generators for one micro-batch: the net under random calls that a model makes outside the plan.
+    """Seed torch's generators for one micro-batch: the net under random calls that a model makes outside the
+    plan.
 
     Randomness
     ----------

@@ -1,14 +1,13 @@
 """The training run, from top to bottom: resolve, make or resume, evaluate, save, step, export.
 
-A run is a function of its configuration, its text and the kind of machine. It may be stopped or killed at any moment;
-the same call goes on from the newest whole checkpoint and ends with the same bits. Nothing is printed here: what happens
-is told to `on_event`. Does not know the command line, nor how text is sampled.
+A run is a function of its configuration, its text and the kind of machine. It may be stopped or killed at any
+moment; the same call goes on from the newest whole checkpoint and ends with the same bits. Nothing is printed
+here: what happens is told to `on_event`. Does not know the command line, nor how text is sampled.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +19,18 @@ from twodice.errors import CheckpointError, ConfigError, Interrupted
 from twodice.training import checkpoint as disk
 from twodice.training import run_folder
 from twodice.training.budget import Resolved, resolve, resolve_text
-from twodice.training.config import TrainConfig
+from twodice.training.config import TrainConfig, read_config
 from twodice.training.evaluate import FixedWindows, StopAsked, evaluate
 from twodice.training.export import export_model
 from twodice.training.init import generator_set_aside
 from twodice.training.measure import measure_speed
 from twodice.training.metrics import MetricsLog, read_head
 from twodice.training.models import build_model, model_facts, put_weights, weights_of
+from twodice.training.progress import Best, Clock
 from twodice.training.step import TrainingStep, choose_device, choose_dtype, make_arithmetic
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 _PROBE_ROWS = 2
-# Evaluations without a better one, while the training loss falls, after which a person is told.
-_PATIENCE = 3
 
 Event = Mapping[str, Any]
 
@@ -83,8 +81,8 @@ def train(
     out
         The run's folder.
     on_event
-        Is told what happens: mappings with a ``kind`` of ``resolved``, ``resumed``, ``train``, ``evaluation``,
-        ``checkpoint``, ``notice`` or ``done``.
+        Is told what happens: mappings with a ``kind`` of ``resolved``, ``resumed``, ``train``,
+        ``evaluation``, ``checkpoint``, ``notice`` or ``done``.
     stop
         Polled in every loop; once true, the state is saved and `Interrupted` is raised.
     final
@@ -105,7 +103,8 @@ def train(
 
     Randomness
     ----------
-    Everything is a function of ``config.seed``; see `TrainingStep` and `new_model`. Torch's generators are left as found.
+    Everything is a function of ``config.seed``; see `TrainingStep` and `new_model`. Torch's generators are
+    left as found.
     """
     out = Path(out)
     tell = on_event if on_event is not None else _nobody
@@ -131,7 +130,8 @@ def _run(
     final: bool,
     export: bool,
 ) -> TrainResult:
-    # ---- what is to be done: settled and written down before the first step, or read back --------------------------
+    # ---- what is to be done: settled and written down before the first step, or read back
+    # --------------------------
     if run_folder.is_used(out):
         config = _reopened(out, requested, store, device, tell)
         finished = _finished(out, store, final, export, tell)
@@ -145,7 +145,8 @@ def _run(
     assert config.steps is not None and config.batch is not None and config.context is not None
     assert config.evaluation.every is not None and config.checkpoint.every is not None
 
-    # ---- the model, its dropout, the optimizer, the fixed windows --------------------------------------------------
+    # ---- the model, its dropout, the optimizer, the fixed windows
+    # --------------------------------------------------
     model, notes = build_model(config, store)
     for note in notes:
         tell({"kind": "notice", "text": note})
@@ -154,7 +155,8 @@ def _run(
     do_step = TrainingStep(config, store, model, device, arithmetic)
     windows = FixedWindows(store, config.context, config.evaluation.windows)
 
-    # ---- the state: that of step 0, or of the newest whole checkpoint ----------------------------------------------
+    # ---- the state: that of step 0, or of the newest whole checkpoint
+    # ----------------------------------------------
     folder = out / run_folder.CHECKPOINTS
     state = _newest(folder, out / run_folder.METRICS, tell)
     step = 0 if state is None else int(state["step"])
@@ -183,7 +185,8 @@ def _run(
         _prune(folder, config.checkpoint.keep, best.step)
         tell({"kind": "checkpoint", "step": step})
 
-    # ---- evaluate, save, step: until all steps are done ------------------------------------------------------------
+    # ---- evaluate, save, step: until all steps are done
+    # ------------------------------------------------------------
     clock = Clock(out / run_folder.TIMINGS, tokens_per_step=config.batch * config.context)
     try:
         while True:
@@ -230,7 +233,8 @@ def _run(
         log.close()
         do_step.close()
 
-    # ---- the model's folder, and the mark that all is done ---------------------------------------------------------
+    # ---- the model's folder, and the mark that all is done
+    # ---------------------------------------------------------
     if export:
         _export(model, store, out, config, config.steps if final else best.step, tell)
     else:
@@ -244,14 +248,15 @@ def export_run(out: str | Path, store: Any, *, final: bool = False) -> Path:
     out = Path(out)
     if not (out / run_folder.RESULT).is_file():
         raise CheckpointError(f"{out} must hold a finished run; give the command that began it once more")
-    config = run_folder.read_config(out / run_folder.CONFIG)
+    config = read_config(out / run_folder.CONFIG)
     result = run_folder.read_json(out / run_folder.RESULT)
     model, _ = build_model(config, store)
     _export(model, store, out, config, int(result["steps"] if final else result["best_step"]), _nobody)
     return out / run_folder.MODEL
 
 
-# ---- the parts of the story above -----------------------------------------------------------------------------------
+# ---- the parts of the story above
+# -----------------------------------------------------------------------------------
 
 
 def _settled(requested: TrainConfig, store: Any, device: torch.device) -> Resolved:
@@ -287,8 +292,8 @@ def _reopened(
     config, record = run_folder.reopen_run(out, requested)
     if record["data_digest"] != store.digest:
         raise ConfigError(
-            f"{out} was trained on other tokens ({record['data_digest'][:12]} there, {store.digest[:12]} here); "
-            "give the same text, or another --out"
+            f"{out} was trained on other tokens ({record['data_digest'][:12]} there, {store.digest[:12]} "
+            "here); give the same text, or another --out"
         )
     here = {"threads": torch.get_num_threads(), "device": str(device), **run_folder.machine()}
     there = {"threads": record["threads"], "device": record["device"], **record["machine"]}
@@ -296,13 +301,11 @@ def _reopened(
         f"{name} {there[name]} there, {here[name]} here" for name in here if here[name] != there.get(name)
     ]
     if changed and not (out / run_folder.RESULT).is_file():
-        tell(
-            {
-                "kind": "notice",
-                "text": f"the run goes on with {'; '.join(changed)}: same batches and masks, but the last bits of the "
-                "sums may differ from an uninterrupted run",
-            }
+        text = (
+            f"the run goes on with {'; '.join(changed)}: same batches and masks, but the last bits of sums may "
+            "differ from those of an uninterrupted run"
         )
+        tell({"kind": "warning", "text": text})
     return config
 
 
@@ -349,7 +352,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _prune(folder: Path, keep: int, best_step: int) -> None:
-    """Keep step 0, the last `keep` that can be gone on from, and the best weights that each of these refers to."""
+    """Keep step 0, the last `keep` that can be gone on from, and the best weights that each of these refers
+    to."""
     states = {}
     for step in disk.list_steps(folder):
         try:
@@ -405,71 +409,6 @@ def _result(out: Path) -> TrainResult:
         out=out,
         model=model if record["exported_step"] is not None else None,
     )
-
-
-@dataclass
-class Best:
-    """The evaluation with the lowest loss on validation A so far, and whether it is time to say that it is long past."""
-
-    step: int = 0
-    value: float = float("inf")
-    train: float = float("inf")
-    said: bool = False
-
-    @classmethod
-    def from_records(cls, records: list[dict[str, Any]]) -> Best:
-        """The best of the records of evaluations, in their order."""
-        best = cls()
-        for record in records:
-            best.see(record)
-        return best
-
-    def see(self, record: Mapping[str, Any]) -> bool:
-        """Take in one evaluation; true where it is the best so far."""
-        if not record["validation_a_nats_per_token"] < self.value:
-            return False
-        self.step, self.value = record["step"], record["validation_a_nats_per_token"]
-        self.train, self.said = record["train_nats_per_token"], False
-        return True
-
-    def notices(self, records: list[dict[str, Any]]) -> list[str]:
-        """A sentence, once, when validation has stopped improving while the training text is still learnt."""
-        since = [record for record in records if record["step"] > self.step]
-        if self.said or len(since) < _PATIENCE or not since[-1]["train_nats_per_token"] < self.train:
-            return []
-        self.said = True
-        return [
-            f"validation has not improved since step {self.step} ({self.value:.4f} nats a token, now "
-            f"{since[-1]['validation_a_nats_per_token']:.4f}) while the training loss fell from {self.train:.4f} to "
-            f"{since[-1]['train_nats_per_token']:.4f}: the model is learning its text by heart; model/ will hold the best step"
-        ]
-
-
-class Clock:
-    """Tokens a second, into ``timings.jsonl``: what belongs to the machine and not to the run."""
-
-    def __init__(self, path: Path, tokens_per_step: int) -> None:
-        self._path, self._tokens_per_step = path, tokens_per_step
-        self._began = self._last = time.perf_counter()
-        self._first: int | None = None
-        self._written = 0
-        self.rate = 0.0
-
-    def count(self, step: int) -> None:
-        """One more step is done; the rate is over all steps since this process began, evaluations included."""
-        if self._first is None:
-            self._first = step - 1
-        elapsed = time.perf_counter() - self._began
-        self.rate = (step - self._first) * self._tokens_per_step / elapsed
-
-    def write(self, step: int) -> None:
-        """Append a line."""
-        if self._first is None:
-            return
-        seconds = time.perf_counter() - self._began
-        line = {"step": step, "seconds": round(seconds, 3), "tokens_per_s": round(self.rate, 1)}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def _nobody(event: Event) -> None:

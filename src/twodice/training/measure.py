@@ -1,4 +1,5 @@
-"""How fast this machine takes real steps of a run, measured on a model of its own. Knows nothing of folders."""
+"""How fast this machine takes real steps of a run, measured on a model of its own. Knows nothing of
+folders."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _ENOUGH_S = 6.0
 
 
 def measure_speed(config: TrainConfig, store: Any, device: torch.device) -> Speed:
-    """Time a few real steps and one evaluation, with dropout as in the run; the first step warms up and is not counted.
+    """Time a few real steps and one evaluation, with dropout as in the run; the first step warms up and is
+    not counted.
 
     The least of the times is taken, because other work on the machine only adds to them.
 

@@ -1,7 +1,7 @@
 """The two logs of a run: ``metrics.jsonl``, a function of the run alone, and ``timings.jsonl``, of the clock.
 
-They are kept apart so that the first is the same to the byte whether or not the run was interrupted: on resume it is cut
-back to what the checkpoint has seen of it. Knows nothing of models.
+They are kept apart so that the first is the same to the byte whether or not the run was interrupted: on
+resume it is cut back to what the checkpoint has seen of it. Knows nothing of models.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The model of a run: new from a preset, or loaded from a folder in Hugging Face format.
 
-Weights are read from safetensors only and code never comes from a model's folder. The model's own dropout rates are set
-to 0: the plan decides what is dropped. Does not know data, nor the loop.
+Weights are read from safetensors only and code never comes from a model's folder. The model's own dropout
+rates are set to 0: the plan decides what is dropped. Does not know data, nor the loop.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def build_model(config: TrainConfig, store: Any) -> tuple[torch.nn.Module, list[
     shape = read_folder_config(folder)
     if store.vocabulary > shape.vocab_size:
         raise ConfigError(
-            f"the tokens' vocabulary must fit the model; the model {config.model} has {shape.vocab_size} and the tokens "
+            f"the tokens' vocabulary must fit the model; {config.model} has {shape.vocab_size} and the tokens "
             f"have {store.vocabulary} (leave --tokenizer away: the model's own is taken)"
         )
     rates = own_rates(shape)
@@ -150,7 +150,8 @@ def build_model(config: TrainConfig, store: Any) -> tuple[torch.nn.Module, list[
 
 
 def load_folder(folder: str | Path, config: Any = None) -> torch.nn.Module:
-    """Load a causal language model in float32 from safetensors, without code from the folder and without a progress bar.
+    """Load a causal language model in float32 from safetensors, without code from the folder and without a
+    progress bar.
 
     Raises
     ------

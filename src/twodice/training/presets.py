@@ -1,4 +1,5 @@
-"""The models that can be named instead of a folder: config classes of transformers at three sizes of two families.
+"""The models that can be named instead of a folder: config classes of transformers at three sizes of two
+families.
 
 All own dropout rates are 0, because dropout is put in from outside by the plan. Knows no data and no weights.
 """
@@ -24,8 +25,9 @@ class Preset:
     lr: float
 
 
-# The learning rates fall with the width as in Kaplan et al. 2020 (appendix D.6) and GPT-3 (table 2.1: 6e-4 for 125 M);
-# batches are small because the texts are. Inner widths of llama: 8/3 of the width, rounded up to a multiple of 8 or 32.
+# The learning rates fall with the width as in Kaplan et al. 2020 (appendix D.6) and GPT-3 (table 2.1: 6e-4
+# for 125 M); batches are small because the texts are. Inner widths of llama: 8/3 of the width, rounded up to
+# a multiple of 8 or 32.
 PRESETS = {
     "gpt2-nano": Preset("gpt2", 4, 128, 4, 4, 512, 128, 16, 2e-3),
     "gpt2-micro": Preset("gpt2", 6, 320, 5, 5, 1280, 256, 16, 1e-3),

@@ -1,7 +1,7 @@
 """The run's folder: what was asked for, what it was resolved to, and whether a command may go on in it.
 
-``config.json`` is the configuration as resolved; ``run.json`` what was asked for, the reasons, the data's digest and the
-machine; ``result.json`` is written when all is done. Does not know the checkpoints' insides.
+``config.json`` is the configuration as resolved; ``run.json`` what was asked for, the reasons, the data's
+digest and the machine; ``result.json`` is written when all is done. Does not know the checkpoints' insides.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ CONFIG, RUN, RESULT, METRICS, TIMINGS = (
 )
 CHECKPOINTS, MODEL = "checkpoints", "model"
 _CONTRACT = 1
-# What may change between the commands that work on one run: it changes the order of summation only, and is warned of.
+# What may change between the commands that work on one run: it changes the order of summation only, and is
+# warned of.
 _MAY_CHANGE = frozenset({"threads"})
 
 
@@ -89,7 +90,8 @@ def reopen_run(out: Path, requested: TrainConfig) -> tuple[TrainConfig, dict[str
     Raises
     ------
     ConfigError
-        `requested` is neither what the run was asked for nor what it was resolved to; the difference is shown.
+        `requested` is neither what the run was asked for nor what it was resolved to; the difference is
+        shown.
     """
     record = read_json(out / RUN)
     resolved = read_config(out / CONFIG)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-# The last fifth of a trapezoid falls: the value of Haegele et al. 2024 (section 4), who found 10 to 20 % enough.
+# The last fifth of a trapezoid falls: the value of Haegele et al. 2024 (section 4), who found 10 to 20 %
+# enough.
 _FALL = 0.2
 
 
@@ -20,9 +21,9 @@ def learning_rate(
 ) -> float:
     """Return the rate of optimizer step `step`, in [0, steps).
 
-    The warm-up is linear and reaches `peak` at step ``warmup - 1``; step 0 already moves. "cosine" then falls to `floor`
-    at the last step (Loshchilov and Hutter 2017, without restarts), "trapezoid" stays and falls linearly over the last
-    fifth, "constant" stays.
+    The warm-up is linear and reaches `peak` at step ``warmup - 1``; step 0 already moves. "cosine" then falls
+    to `floor` at the last step (Loshchilov and Hutter 2017, without restarts), "trapezoid" stays and falls
+    linearly over the last fifth, "constant" stays.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

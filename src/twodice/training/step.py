@@ -1,8 +1,8 @@
 """One optimizer step: the batch of that step, its masks, the gradients summed over micro-batches, AdamW.
 
-A function of the weights, the moments and the step's number alone, so that any split into micro-batches and, later, over
-ranks gives the same step up to the order of summation. Does not know when to evaluate, to save or to stop. Letters: B
-rows of a micro-batch, T positions, V vocabulary.
+A function of the weights, the moments and the step's number alone, so that any split into micro-batches and,
+later, over ranks gives the same step up to the order of summation. Does not know when to evaluate, to save or
+to stop. Letters: B rows of a micro-batch, T positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class TrainingStep:
 
     Randomness
     ----------
-    Order of the data: ``Key(seed).child("data")``. Masks: the sites' keys at this seed, (step, example, position, column).
-    Random calls of the model outside the plan: ``Key(seed)`` by `reseed_net`.
+    Order of the data: ``Key(seed).child("data")``. Masks: the sites' keys at this seed, (step, example,
+    position, column). Random calls of the model outside the plan: ``Key(seed)`` by `reseed_net`.
     """
 
     def __init__(
@@ -154,9 +154,11 @@ class TrainingStep:
         return split_window(tokens, self.split.loss_mask(indices, self.context))
 
     def gradients(self, step: int, stop: Callable[[], bool]) -> torch.Tensor:
-        """Leave the gradient of the mean loss of the global batch in the parameters, and return that loss [nats/token].
+        """Leave the gradient of the mean loss of the global batch in the parameters, and return that loss
+        [nats/token].
 
-        The nats of all micro-batches are summed and divided once, by the number of targets of the whole batch.
+        The nats of all micro-batches are summed and divided once, by the number of targets of the whole
+        batch.
 
         Raises
         ------
@@ -204,8 +206,8 @@ class TrainingStep:
         value = float(loss)
         if not (math.isfinite(value) and math.isfinite(float(norm))):
             raise TwodiceError(
-                f"the loss and its gradient must be finite; at step {step} the loss is {value:g} and the norm of the "
-                f"gradient {float(norm):g}; a smaller optimizer.lr or a smaller optimizer.clip may help"
+                f"the loss and its gradient must be finite; at step {step} the loss is {value:g} and the "
+                f"gradient's norm {float(norm):g}; a smaller optimizer.lr or optimizer.clip may help"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)

@@ -1,7 +1,8 @@
-"""How a run is asked to stop: the first SIGINT or SIGTERM sets a flag that every loop polls, the second ends at once.
+"""How a run is asked to stop: the first SIGINT or SIGTERM sets a flag that every loop polls, the second ends
+at once.
 
-The second one is seen by a thread of its own, so that it also works while the main thread is inside a long backward
-pass. Knows nothing of what is running.
+The second one is seen by a thread of its own, so that it also works while the main thread is inside a long
+backward pass. Knows nothing of what is running.
 """
 
 from __future__ import annotations
