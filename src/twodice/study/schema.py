@@ -45,7 +45,7 @@ class Percent(_Part):
 class Difference(_Part):
     """An arm minus the baseline, paired by seed [nats per token]; negative means a lower loss.
 
-    ``low`` and ``high`` are adjusted as the verdict is: they leave out 0 if and only if ``p_adjusted`` < 0.05.
+    ``low`` and ``high`` are adjusted as the verdict is: they exclude 0 if and only if ``p_adjusted`` < 0.05.
     ``low_alone`` and ``high_alone`` are the plain 95 % t interval of this one comparison.
     """
 
@@ -55,7 +55,7 @@ class Difference(_Part):
     p: float | None
     p_adjusted: float | None
     more_seeds: int | None = Field(
-        description="seeds beyond these that would probably (80 %) settle it; 0 where it is settled, null where "
+        description="seeds beyond these that would probably (80 %) settle it; 0 where it is, null where "
         "more than 1000 would be needed or nothing can be said"
     )
     low_alone: float | None
@@ -164,6 +164,20 @@ class Example(_Part):
     copied_from: int = Field(description="where in `text` the longest copied run begins (characters)")
 
 
+class Effect(_Part):
+    """How far one die moves one measure, paired by training seed, with a plain 95 % t interval.
+
+    The training die: with dropout minus without, over both settings. The generation die: drawn minus greedy, over both
+    models. The loss on unseen text and the gap have no effect of the generation die: it never touches them.
+    """
+
+    measure: str = Field(description="a name of `Measures`, or of `Comparison`")
+    die: Literal["training", "generation"]
+    mean: float
+    low: float | None
+    high: float | None
+
+
 class Cross(_Part):
     """Which cells of `sampling` are the central table, and why these."""
 
@@ -177,6 +191,7 @@ class Cross(_Part):
     prompt_tokens: int
     tokens: int
     sampling_seeds: list[int]
+    effects: list[Effect] = Field(default=[], description="filled by `effects.effects`")
 
 
 class Facts(_Part):

@@ -1,0 +1,63 @@
+"""How far each of the two dice moves each measure of the central table: paired differences over the four corners.
+
+Pure arithmetic on the cells of a report; knows no records and no page. Paired by training seed: the models with and
+without dropout of one seed began alike, and greedy and drawn texts of one seed come from one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twodice.study.compare import estimate
+from twodice.study.schema import Arm, Cross, Effect, Estimate, Measures, Sampling
+
+#: What a model knows, measured on held-out text: no setting of the generation die can change it.
+OF_THE_MODEL = ("validation_nats_per_token", "gap_nats_per_token")
+OF_THE_TEXT = tuple(name for name, field in Measures.model_fields.items() if field.annotation is Estimate)
+
+
+def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> list[Effect]:
+    """The effects of both dice, measure by measure.
+
+    Parameters
+    ----------
+    arms, sampling
+        Those of the report.
+    cross
+        Names the four corners; without an arm with dropout only the generation die has effects.
+
+    Returns
+    -------
+    list[Effect]
+        Where a corner is missing or the seeds of two corners differ, the effect is left out.
+    """
+    by_name = {arm.name: arm for arm in arms}
+    models = [name for name in (cross.without, cross.with_dropout) if name is not None]
+    cells = {(cell.arm, cell.setting.name): cell.measures for cell in sampling}
+    found: list[Effect] = []
+    if len(models) == 2 and all(name in by_name for name in models):
+        without, with_dropout = (by_name[name] for name in models)
+        if without.seeds == with_dropout.seeds:
+            for field in OF_THE_MODEL:
+                pair = (getattr(with_dropout.at_best, field), getattr(without.at_best, field))
+                found += _effect(field, "training", [pair])
+    for field in OF_THE_TEXT:
+        corner = {key: getattr(measures, field) for key, measures in cells.items()}
+        settings = (cross.drawn, cross.greedy)
+        if len(models) == 2:
+            pairs = [(corner.get((models[1], s)), corner.get((models[0], s))) for s in settings]
+            found += _effect(field, "training", pairs)
+        found += _effect(field, "generation", [(corner.get((m, settings[0])), corner.get((m, settings[1]))) for m in models])
+    return found
+
+
+def _effect(measure: str, die: str, pairs: Sequence[tuple[Estimate | None, Estimate | None]]) -> list[Effect]:
+    columns = []
+    for more, less in pairs:
+        if more is None or less is None or len(more.values) != len(less.values):
+            return []
+        columns.append([a - b for a, b in zip(more.values, less.values, strict=True)])
+    if len({len(column) for column in columns}) != 1:
+        return []
+    result = estimate([sum(row) / len(row) for row in zip(*columns, strict=True)])
+    return [Effect(measure=measure, die=die, mean=result.mean, low=result.low, high=result.high)]  # type: ignore[arg-type]
