@@ -158,7 +158,7 @@ def example_report() -> schema.Report:
         plan=schema.Plan(
             pairs=5,
             smallest_difference_in_sd=compare.smallest_detectable(5, 3),
-            words="5 pairs and 3 comparisons detect 2.3 standard deviations of the difference in 4 of 5 studies",
+            words="5 pairs and 3 comparisons detect 2.3 standard deviations in 4 of 5 studies",
         ),
         how=schema.How(
             notes=[

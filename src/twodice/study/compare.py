@@ -1,22 +1,17 @@
 """The statistics of a study: paired differences, Holm's adjustment, intervals that agree with the verdict.
 
 Everything works on arrays of any leading shape, so that the tests put 40,000 simulated studies through the
-same lines as a
-real one. Knows no records and no torch. Letters: S studies (any leading shape), A arms other than the
-baseline, N seeds.
+same lines as a real one. Knows no records and no torch. Letters: S studies (any leading shape), A arms other
+than the baseline, N seeds.
 
 What covers what. The *plain* interval of a comparison is the paired t interval; under normal differences it
-covers the truth
-in 95 % of studies, exactly. The *adjusted* interval is the t interval at the level 1 - 0.05 / c at which
-Holm's step-down
-procedure tested this very comparison, c being ``p_adjusted / p``, in [1, A]. Hence it leaves out 0 if and only if
-``p_adjusted < 0.05``, it is never narrower than the plain one, so it covers its own truth in at least 95 % of
-studies, and where
-no arm differs from the baseline all A of them hold 0 together in at least 95 %. It is *not* a simultaneous
-region for
-differences other than 0: the compatible one for Holm (Strassburger and Bretz 2008, Statistics in Medicine 27)
-ends at 0 for
-every arm that is found different while another is not, and so would hide by how much.
+covers the truth in 95 % of studies, exactly. The *adjusted* interval is the t interval at the level 1 - 0.05
+/ c at which Holm's step-down procedure tested this very comparison, c being ``p_adjusted / p``, in [1, A].
+Hence it leaves out 0 if and only if ``p_adjusted < 0.05``; it is never narrower than the plain one, so it
+covers its own truth in at least 95 % of studies; and where no arm differs from the baseline, all A of them
+hold 0 together in at least 95 %. It is *not* a simultaneous region for differences other than 0: the one that
+goes with Holm (Strassburger and Bretz 2008, Statistics in Medicine 27) ends at 0 for every arm that is found
+different while another is not, and so would hide by how much.
 """
 
 from __future__ import annotations
@@ -208,7 +203,7 @@ def words(difference: Difference | None) -> str:
         if more is not None:
             need = f"about {more} more {'seed' if more == 1 else 'seeds'} would"
         # Like 'helps by', positive is better: the two ends change places with the sign.
-        return f"cannot tell: {_by(percent.mean)} [{-percent.high:.1f}, {-percent.low:.1f}]; {need}"
+        return f"cannot tell: {_by(percent.mean)} [{_end(-percent.high)}, {_end(-percent.low)}]; {need}"
     sign = -1 if said == "helps" else 1
     ends = sorted((sign * percent.low, sign * percent.high))
     return f"{said} by {_size(abs(percent.mean))} % [{_size(ends[0])}, {_size(ends[1])}]"
@@ -216,6 +211,11 @@ def words(difference: Difference | None) -> str:
 
 def _size(percent: float) -> str:
     return f"{percent:.1f}" if abs(percent) >= 0.1 else f"{percent:.2g}"
+
+
+def _end(percent: float) -> str:
+    text = f"{percent:.1f}"
+    return "0.0" if text == "-0.0" else text
 
 
 def _by(percent: float) -> str:

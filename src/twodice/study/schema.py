@@ -167,8 +167,9 @@ class Example(_Part):
 class Effect(_Part):
     """How far one die moves one measure, paired by training seed, with a plain 95 % t interval.
 
-    The training die: with dropout minus without, over both settings. The generation die: drawn minus greedy, over both
-    models. The loss on unseen text and the gap have no effect of the generation die: it never touches them.
+    The training die: with dropout minus without, over both settings. The generation die: drawn minus greedy,
+    over both models. The loss on unseen text and the gap have no effect of the generation die: it never
+    touches them.
     """
 
     measure: str = Field(description="a name of `Measures`, or of `Comparison`")
