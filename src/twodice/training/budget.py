@@ -13,6 +13,7 @@ from typing import Any
 
 from twodice.dropout.plan import DropoutPlan
 from twodice.errors import ConfigError, DataError
+from twodice.text.store import TokenStore
 from twodice.training.config import TrainConfig, with_value
 from twodice.training.models import model_facts
 from twodice.training.presets import PRESETS
@@ -52,8 +53,12 @@ def resolve_text(config: TrainConfig) -> Resolved:
     facts = model_facts(config.model)
     reasons: dict[str, str] = {}
     if config.tokenizer is None:
-        why = "the model's own" if facts.is_folder else "trained on the training part"
-        config, reasons["tokenizer"] = with_value(config, "tokenizer", facts.tokenizer), why
+        name, why = facts.tokenizer, "trained on the training part"
+        if facts.is_folder:
+            why = "the model's own"
+        elif all(source.partition(":")[0] == "markov" for source in config.data):
+            name, why = "bytes", "the entropy of markov is known a byte"
+        config, reasons["tokenizer"] = with_value(config, "tokenizer", name), why
     if config.context is None:
         config = with_value(config, "context", facts.context)
         reasons["context"] = facts.why
@@ -64,7 +69,7 @@ def resolve_text(config: TrainConfig) -> Resolved:
 
 
 def resolve(
-    config: TrainConfig, store: Any, measure: Callable[[TrainConfig], Speed] | None = None
+    config: TrainConfig, store: TokenStore, measure: Callable[[TrainConfig], Speed] | None = None
 ) -> Resolved:
     """Settle everything else.
 
@@ -81,14 +86,15 @@ def resolve(
     before = resolve_text(config)
     config, reasons = before.config, dict(before.reasons)
     facts = model_facts(config.model)
-    assert config.context is not None
+    context = config.context
+    assert context is not None
     if config.vocabulary is None and config.tokenizer == "bpe":
         config = with_value(config, "vocabulary", store.vocabulary)
         reasons["vocabulary"] = "from the amount of training text"
-    windows = store.splits["train"].num_windows(config.context)
+    windows = store.splits["train"].num_windows(context)
     if windows < 1:
         raise DataError(
-            f"the training part must fill one window of {config.context} tokens; use a smaller --context"
+            f"the training part must fill one window of {context} tokens; use a smaller --context"
         )
 
     if config.batch is None:
@@ -105,16 +111,17 @@ def resolve(
 
     if config.steps is None:
         config, reasons["steps"] = _with_steps(config, windows, measure)
-    assert config.steps is not None
+    steps = config.steps
+    assert steps is not None
     if config.optimizer.warmup is None:
-        config = with_value(config, "optimizer.warmup", min(200, max(1, config.steps // 20)))
+        config = with_value(config, "optimizer.warmup", min(200, max(1, steps // 20)))
         reasons["optimizer.warmup"] = "5 % of the steps, at most 200"
-    every = max(1, math.ceil(config.steps / _EVALUATIONS))
+    every = max(1, math.ceil(steps / _EVALUATIONS))
     for name in ("evaluation.every", "checkpoint.every"):
         group = config.evaluation if name.startswith("e") else config.checkpoint
         if group.every is None:
             config = with_value(config, name, every)
-            reasons[name] = f"a twentieth of {config.steps} steps"
+            reasons[name] = f"a twentieth of {steps} steps"
     return Resolved(config, reasons)
 
 

@@ -86,7 +86,7 @@ class TrainConfig(_Settings):
     )
     field: str = Field(default="text", description="name of the text field in JSONL and Parquet")
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="share of the documents that is used, in (0, 1]; chosen by key"
+        default=1.0, description="share of the training part that is kept, in (0, 1]; chosen by key"
     )
     model: str = Field(
         default="gpt2-nano", description="a preset, or a folder in Hugging Face format, which is fine-tuned"

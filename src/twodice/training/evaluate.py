@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from twodice.text.store import TokenStore
+
 SPLITS = ("train", "validation_a", "validation_b")
 IGNORED = -100
 
@@ -38,7 +40,7 @@ class FixedWindows:
         Windows of each part at most; all of them where there are fewer.
     """
 
-    def __init__(self, store: Any, context: int, windows: int) -> None:
+    def __init__(self, store: TokenStore, context: int, windows: int) -> None:
         self.inputs_NT: dict[str, torch.Tensor] = {}
         self.targets_NT: dict[str, torch.Tensor] = {}
         self.bytes: dict[str, int] = {}

@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from twodice.errors import CheckpointError
+from twodice.text.store import TokenStore
 from twodice.training.checkpoint import DISK
-from twodice.training.models import end_of_text, load_folder, weights_of
+from twodice.training.models import load_folder, weights_of
 
 # The largest difference of a logit between the trained model and the one loaded from the folder.
 TOLERANCE = 1e-5
 
 
 def export_model(
-    model: torch.nn.Module, store: Any, folder: Path, *, source: str | None, probe: torch.Tensor
+    model: torch.nn.Module, store: TokenStore, folder: Path, *, source: str | None, probe: torch.Tensor
 ) -> float:
     """Write `folder` whole or not at all, load it again, and return the largest difference of a logit.
 
@@ -49,7 +50,7 @@ def export_model(
     """
     side = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
-    end = end_of_text(store)
+    end = store.end_of_document
     try:
         for leftover in (side, old):
             DISK.remove(leftover)
@@ -106,7 +107,7 @@ def _model_config(model: torch.nn.Module) -> dict[str, Any]:
     return values
 
 
-def generation_settings(model: torch.nn.Module, end: int | None) -> dict[str, Any]:
+def generation_settings(model: torch.nn.Module, end: int) -> dict[str, Any]:
     """Every sampling value, each at the value that changes nothing, and the tokens that begin and end a
     text."""
     config: Any = model.config
@@ -137,7 +138,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _write_tokenizer(
-    store: Any, folder: Path, source: str | None, end: int | None, context: int, model: torch.nn.Module
+    store: TokenStore, folder: Path, source: str | None, end: int, context: int, model: torch.nn.Module
 ) -> None:
     shutil.copyfile(store.tokenizer_file, folder / "tokenizer.json")
     if source is not None and (Path(source) / "tokenizer_config.json").is_file():
@@ -151,7 +152,7 @@ def _write_tokenizer(
         _write_json(folder / "tokenizer_config.json", values)
         return
     config: Any = model.config
-    text = store_token(store, end)
+    text = store.tokenizer.inner.id_to_token(end)
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -162,13 +163,3 @@ def _write_tokenizer(
         "pad_token": None,
     }
     _write_json(folder / "tokenizer_config.json", values)
-
-
-def store_token(store: Any, token: int | None) -> str | None:
-    """The text of a token of the store's tokenizer."""
-    if token is None:
-        return None
-    from tokenizers import Tokenizer
-
-    found: str | None = Tokenizer.from_file(str(store.tokenizer_file)).id_to_token(token)
-    return found

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from twodice.errors import CheckpointError, ConfigError, Interrupted
+from twodice.text.store import TokenStore
 from twodice.training import checkpoint as disk
 from twodice.training import run_folder
 from twodice.training.budget import Resolved, resolve, resolve_text
@@ -62,7 +63,7 @@ class TrainResult:
 
 def train(
     config: TrainConfig,
-    store: Any,
+    store: TokenStore,
     out: str | Path,
     *,
     on_event: Callable[[Event], None] | None = None,
@@ -122,7 +123,7 @@ def train(
 
 def _run(
     requested: TrainConfig,
-    store: Any,
+    store: TokenStore,
     out: Path,
     device: torch.device,
     tell: Callable[[Event], None],
@@ -243,7 +244,7 @@ def _run(
     return _result(out)
 
 
-def export_run(out: str | Path, store: Any, *, final: bool = False) -> Path:
+def export_run(out: str | Path, store: TokenStore, *, final: bool = False) -> Path:
     """Write ``model/`` of a finished run, of the best step or of the last, and return its path."""
     out = Path(out)
     if not (out / run_folder.RESULT).is_file():
@@ -259,7 +260,7 @@ def export_run(out: str | Path, store: Any, *, final: bool = False) -> Path:
 # -----------------------------------------------------------------------------------
 
 
-def _settled(requested: TrainConfig, store: Any, device: torch.device) -> Resolved:
+def _settled(requested: TrainConfig, store: TokenStore, device: torch.device) -> Resolved:
     resolved = resolve(requested, store, lambda candidate: measure_speed(candidate, store, device))
     reasons = dict(resolved.reasons)
     values = resolved.config.model_dump()
@@ -276,7 +277,7 @@ def _settled(requested: TrainConfig, store: Any, device: torch.device) -> Resolv
     return Resolved(TrainConfig.model_validate(values), reasons)
 
 
-def _facts(store: Any, device: torch.device, resolved: Resolved) -> dict[str, Any]:
+def _facts(store: TokenStore, device: torch.device, resolved: Resolved) -> dict[str, Any]:
     return {
         "reasons": resolved.reasons,
         "data_digest": store.digest,
@@ -287,7 +288,7 @@ def _facts(store: Any, device: torch.device, resolved: Resolved) -> dict[str, An
 
 
 def _reopened(
-    out: Path, requested: TrainConfig, store: Any, device: torch.device, tell: Callable[[Event], None]
+    out: Path, requested: TrainConfig, store: TokenStore, device: torch.device, tell: Callable[[Event], None]
 ) -> TrainConfig:
     config, record = run_folder.reopen_run(out, requested)
     if record["data_digest"] != store.digest:
@@ -302,15 +303,15 @@ def _reopened(
     ]
     if changed and not (out / run_folder.RESULT).is_file():
         text = (
-            f"the run goes on with {'; '.join(changed)}: same batches and masks, but the last bits of sums may "
-            "differ from those of an uninterrupted run"
+            f"the run goes on with {'; '.join(changed)}: same batches and masks, but the last bits of sums "
+            "may differ from those of an uninterrupted run"
         )
         tell({"kind": "warning", "text": text})
     return config
 
 
 def _finished(
-    out: Path, store: Any, final: bool, export: bool, tell: Callable[[Event], None]
+    out: Path, store: TokenStore, final: bool, export: bool, tell: Callable[[Event], None]
 ) -> TrainResult | None:
     if not (out / run_folder.RESULT).is_file():
         return None
@@ -367,7 +368,7 @@ def _prune(folder: Path, keep: int, best_step: int) -> None:
 
 def _export(
     model: torch.nn.Module,
-    store: Any,
+    store: TokenStore,
     out: Path,
     config: TrainConfig,
     step: int,

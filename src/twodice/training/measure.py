@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 
-from twodice.training.budget import Speed
+from twodice.text.store import TokenStore
+from twodice.training.budget import Resolved, Speed, num_parameters, resolve, state_bytes
 from twodice.training.config import TrainConfig
-from twodice.training.evaluate import FixedWindows, evaluate
+from twodice.training.evaluate import SPLITS, FixedWindows, evaluate
 from twodice.training.init import generator_set_aside
 from twodice.training.models import build_model
-from twodice.training.step import TrainingStep, choose_dtype, make_arithmetic
+from twodice.training.step import TrainingStep, choose_device, choose_dtype, make_arithmetic
 
 _STEPS = 5
 _ENOUGH_S = 6.0
 
 
-def measure_speed(config: TrainConfig, store: Any, device: torch.device) -> Speed:
+def measure_speed(config: TrainConfig, store: TokenStore, device: torch.device) -> Speed:
     """Time a few real steps and one evaluation, with dropout as in the run; the first step warms up and is
     not counted.
 
@@ -50,6 +51,40 @@ def measure_speed(config: TrainConfig, store: Any, device: torch.device) -> Spee
         )
         do_step.close()
     return Speed(min(times[1:]), evaluation_s, _peak_bytes(device))
+
+
+def make_plan(config: TrainConfig, store: TokenStore) -> tuple[Resolved, dict[str, Any]]:
+    """Settle a configuration and say what the run would be: steps, tokens, parameters, memory, time.
+
+    Returns
+    -------
+    tuple
+        The settled configuration with its reasons, and the facts as plain values: counts, bytes, and
+        ``step_ms`` [ms] and ``seconds`` [s] from a few real steps on this machine.
+    """
+    device = choose_device(config.device)
+    resolved = resolve(config, store, lambda candidate: measure_speed(candidate, store, device))
+    settled = resolved.config
+    speed = measure_speed(settled, store, device)
+    model, _ = build_model(settled, store)
+    assert settled.steps is not None and settled.batch is not None and settled.context is not None
+    assert settled.evaluation.every is not None
+    parameters = num_parameters(model)
+    windows = store.splits["train"].num_windows(settled.context)
+    evaluations = settled.steps // settled.evaluation.every + 1
+    return resolved, {
+        **{f"tokens_{name}": int(store.splits[name].num_tokens) for name in SPLITS},
+        "vocabulary": int(store.vocabulary),
+        "steps": settled.steps,
+        "tokens_per_step": settled.batch * settled.context,
+        "tokens_seen": settled.steps * settled.batch * settled.context,
+        "epochs": settled.steps * settled.batch / windows,
+        "parameters": parameters,
+        "state_bytes": state_bytes(parameters),
+        "peak_bytes": speed.peak_bytes,
+        "step_ms": speed.step_s * 1e3,
+        "seconds": settled.steps * speed.step_s + evaluations * speed.evaluation_s,
+    }
 
 
 def _timed(work: Any) -> float:

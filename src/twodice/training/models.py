@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from twodice.errors import ConfigError, nearest
+from twodice.text.store import TokenStore
 from twodice.training.config import TrainConfig
 from twodice.training.init import new_model
 from twodice.training.presets import PRESETS, preset_config
@@ -110,7 +111,7 @@ def _without_rates(config: Any) -> None:
         setattr(inner, leaf, 0.0)
 
 
-def build_model(config: TrainConfig, store: Any) -> tuple[torch.nn.Module, list[str]]:
+def build_model(config: TrainConfig, store: TokenStore) -> tuple[torch.nn.Module, list[str]]:
     """Make or load the model on the CPU in float32, and say what was changed in it.
 
     Parameters
@@ -130,14 +131,14 @@ def build_model(config: TrainConfig, store: Any) -> tuple[torch.nn.Module, list[
             config.model,
             vocabulary=store.vocabulary,
             context=config.context,
-            end_of_text=end_of_text(store),
+            end_of_text=store.end_of_document,
         )
         return new_model(shape, config.seed), []
     folder = model_facts(config.model).tokenizer
     shape = read_folder_config(folder)
     if store.vocabulary > shape.vocab_size:
         raise ConfigError(
-            f"the tokens' vocabulary must fit the model; {config.model} has {shape.vocab_size} and the tokens "
+            f"the tokens' vocabulary must fit the model; {config.model} has {shape.vocab_size}, the tokens "
             f"have {store.vocabulary} (leave --tokenizer away: the model's own is taken)"
         )
     rates = own_rates(shape)
@@ -178,14 +179,6 @@ def load_folder(folder: str | Path, config: Any = None) -> torch.nn.Module:
         if had_bar:
             logging.enable_progress_bar()
     return model
-
-
-def end_of_text(store: Any) -> int | None:
-    """Id of the token that ends a document, or None where the tokenizer has none."""
-    from tokenizers import Tokenizer
-
-    found: int | None = Tokenizer.from_file(str(store.tokenizer_file)).token_to_id("<|endoftext|>")
-    return found
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

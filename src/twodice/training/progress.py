@@ -48,10 +48,10 @@ class Best:
         now = since[-1]
         return [
             (
-                f"validation has not improved since step {self.step} ({self.value:.4f} nats a token, now "
-                f"{now['validation_a_nats_per_token']:.4f}) while the training loss fell from {self.train:.4f} "
-                f"to {now['train_nats_per_token']:.4f}: the text is being learnt by heart; model/ will hold the "
-                "best step"
+                f"validation has not improved since step {self.step} ({self.value:.4f} nats, now "
+                f"{now['validation_a_nats_per_token']:.4f}) while the training loss fell from "
+                f"{self.train:.4f} to {now['train_nats_per_token']:.4f}: the text is being learnt by heart; "
+                "model/ will hold the best step"
             )
         ]
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from twodice.dropout.attach import attach
 from twodice.dropout.plan import DropoutPlan
 from twodice.errors import ConfigError, TwodiceError
 from twodice.random.keys import Key
 from twodice.text.batches import BatchPlan
+from twodice.text.store import TokenStore
 from twodice.training.config import TrainConfig
 from twodice.training.evaluate import IGNORED, StopAsked, nats, split_window
 from twodice.training.init import reseed_net
@@ -111,7 +111,7 @@ class TrainingStep:
     def __init__(
         self,
         config: TrainConfig,
-        store: Any,
+        store: TokenStore,
         model: torch.nn.Module,
         device: torch.device,
         arithmetic: Arithmetic,
@@ -129,10 +129,13 @@ class TrainingStep:
             (micro * WORLD + RANK) * self.rows + torch.arange(self.rows, device=device)
             for micro in range(config.accumulate)
         ]
+        self.handle: Any = None
         plan = DropoutPlan.parse(config.dropout)
         # A model without dropout is left untouched: no site is asked in any forward.
-        is_empty = plan == DropoutPlan.parse("none")
-        self.handle = None if is_empty else attach(model, plan, config.seed, total_steps=config.steps)
+        if plan != DropoutPlan.parse("none"):
+            from twodice.dropout.attach import attach
+
+            self.handle = attach(model, plan, config.seed, total_steps=config.steps)
 
     def rate(self, step: int) -> float:
         """The learning rate of this step."""
