@@ -1,7 +1,7 @@
 """Which windows make the batch of a step: a pure function of (key, step), computed and never iterated.
 
-Every epoch is its own keyed permutation of all windows, so each window is read exactly once an epoch, any step can be
-asked for first, and a resumed run needs no state. This module does not know what a window holds.
+Every epoch is its own keyed permutation of all windows, so each window is read exactly once an epoch, any
+step can be asked for first, and a resumed run needs no state. This module does not know what a window holds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Indices = npt.NDArray[np.int64]
 class BatchPlan:
     """The order in which windows are read.
 
-    Slot ``g = step * batch + i`` of the endless stream reads window ``permutation of epoch g // num_windows`` at
-    ``g % num_windows``; a batch may therefore span the seam between two epochs (or several, when it is larger than the
-    data), and no window is left out or read twice within an epoch.
+    Slot ``g = step * batch + i`` of the endless stream reads window ``permutation of epoch g // num_windows``
+    at ``g % num_windows``; a batch may therefore span the seam between two epochs (or several, when it is
+    larger than the data), and no window is left out or read twice within an epoch.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class BatchPlan:
         return out
 
     def epoch(self, step: int) -> float:
-        """Epochs that are complete before `step`, as a fraction: 0 at the start, 1.5 in the middle of the second."""
+        """Epochs read before `step`, as a fraction: 0 at the start, 1.5 in the middle of the second."""
         if step < 0:
             raise ConfigError(f"step must be at least 0; got {step}")
         return step * self.batch / self.num_windows

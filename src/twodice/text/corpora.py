@@ -1,7 +1,7 @@
-"""Sources to documents: text files, folders, JSONL, Parquet, the embedded language reference, the Markov source.
+"""Sources to documents: text files, folders, JSONL, Parquet, the embedded language reference, Markov source.
 
-What is read is checked here: that it is text, that it is UTF-8, that there is some. Nothing is skipped without a notice.
-This module knows nothing of splits and tokens.
+What is read is checked here: that it is text, that it is UTF-8, that there is some. Nothing is skipped
+without a notice. This module knows nothing of splits and tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ NAMED_SOURCES = ("python-docs", "markov")
 #: What a folder is searched for. A file that is named itself is read whatever its ending is.
 TEXT_SUFFIXES = frozenset(
     ".txt .text .md .markdown .rst .org .adoc .tex .html .htm .xml .srt "
-    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .jsx .ts .tsx .rb .php .swift .lua .r .jl .hs .ml "
+    ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala "
+    ".js .jsx .ts .tsx .rb .php .swift .lua .r .jl .hs .ml "
     ".sh .sql .css .toml .yaml .yml .ini .cfg".split()
 )
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
@@ -34,13 +35,15 @@ def load_documents(sources: Sequence[str | Path], *, field: str = "text") -> Cor
     Parameters
     ----------
     sources : sequence of str or Path
-        Each a text file, a folder (searched recursively, in order of the paths; hidden files and folders, links to
-        folders and endings outside `TEXT_SUFFIXES`, ``.jsonl`` and ``.parquet`` are skipped, which a notice counts), a
-        ``.jsonl`` or ``.parquet`` file, ``python-docs`` (the language reference inside every CPython, one topic a
-        document, by name), ``markov`` or ``markov:symbols=..,bytes=..,seed=..,order=..``.
+        Each a text file, a folder (searched recursively, in order of the paths; hidden files and folders,
+        links to folders and endings outside `TEXT_SUFFIXES`, ``.jsonl`` and ``.parquet`` are skipped, which a
+        notice counts), a ``.jsonl`` or ``.parquet`` file, ``python-docs`` (the language reference inside
+        every CPython, one topic a document, by name), ``markov`` or
+        ``markov:symbols=..,bytes=..,seed=..,order=..``.
     field : str
-        Field (JSONL) or column (Parquet) that holds the text of a record. JSONL records without it that hold ``prompt`` and
-        ``completion``, or ``messages``, are read as completion data: the loss is taken on what the model would write.
+        Field (JSONL) or column (Parquet) that holds the text of a record. JSONL records without it that hold
+        ``prompt`` and ``completion``, or ``messages``, are read as completion data: the loss is taken on what
+        the model would write.
 
     Returns
     -------
@@ -50,13 +53,15 @@ def load_documents(sources: Sequence[str | Path], *, field: str = "text") -> Cor
     Raises
     ------
     DataError
-        A source that is missing, empty, unreadable, binary, not UTF-8, or records that do not hold what they should.
+        A source that is missing, empty, unreadable, binary, not UTF-8, or records that do not hold what they
+        should.
     """
     if isinstance(sources, str | Path):
         sources = [sources]
     if not sources:
         raise DataError(
-            f"at least one source of text must be given: a file, a folder or one of {', '.join(NAMED_SOURCES)}; got none"
+            "at least one source of text must be given: a file, a folder or one of "
+            f"{', '.join(NAMED_SOURCES)}; got none"
         )
     documents: list[Document] = []
     notices: list[str] = []
@@ -97,7 +102,8 @@ def read_text(path: Path) -> tuple[bytes, list[str]]:
     Raises
     ------
     DataError
-        Unreadable; binary (a zero byte, or another encoding's byte order mark); invalid UTF-8, with the byte's place.
+        Unreadable; binary (a zero byte, or another encoding's byte order mark); invalid UTF-8, with the
+        byte's place.
     """
     notices: list[str] = []
     try:
@@ -128,7 +134,7 @@ def read_text(path: Path) -> tuple[bytes, list[str]]:
 
 
 def check_utf8(data: bytes, name: str) -> None:
-    """Raise `DataError` with the place of the first byte that is not UTF-8; in pieces, so that memory stays small."""
+    """Raise `DataError` with the place of the first byte that is not UTF-8; in pieces, to save memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for start in range(0, len(data), _PIECE) or (0,):
         pending = len(decoder.getstate()[0])
@@ -162,7 +168,7 @@ def _read_file(path: Path, field: str, documents: list[Document], notices: list[
 
 
 def _keep_full(path: Path, found: Iterable[Document], documents: list[Document], notices: list[str]) -> None:
-    """Take the documents that are not empty; data sets hold empty records by habit, so they are counted, not refused."""
+    """Take the documents that are not empty; data sets hold empty records by habit, so those are counted."""
     empty = 0
     for document in found:
         if document.data:
@@ -210,14 +216,15 @@ def _read_folder(folder: Path, field: str, documents: list[Document], notices: l
         (empty, "empty files"),
         (
             others,
-            f"files with other endings ({', '.join(sorted(endings)[:6])}{', ...' if len(endings) > 6 else ''})",
+            f"files with other endings ({', '.join(sorted(endings)[:6])}{', ...' * (len(endings) > 6)})",
         ),
     ):
         if count:
             notices.append(f"{folder}: {count:,} {what} skipped")
     if not files:
         raise DataError(
-            f"{folder} must hold text files; it holds none ({others} files with other endings, {hidden} hidden): "
+            f"{folder} must hold text files; it holds none "
+            f"({others} files with other endings, {hidden} hidden): "
             "name a file itself to read it whatever its ending is"
         )
 

@@ -1,7 +1,7 @@
 """Documents and the corpus that they make: what was read, before any split and any token.
 
-A document is held as UTF-8 (one byte a character for most of the world's scarce texts, where `str` may take four). This
-module knows nothing of files and nothing of tokens.
+A document is held as UTF-8 (one byte a character for most of the world's scarce texts, where `str` may take
+four). This module knows nothing of files and nothing of tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Document:
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes of BLAKE2b over the text: equal for documents with the same text, wherever they came from."""
+        """16 bytes of BLAKE2b over the text: equal for the same text, wherever it came from."""
         return hashlib.blake2b(self.data, digest_size=16).digest()
 
     @cached_property
@@ -91,7 +91,8 @@ class Corpus:
             plain = next(d.name for d in self.documents if d.parts is None)
             record = next(d.name for d in self.documents if d.parts is not None)
             raise DataError(
-                f"a corpus is either plain text or prompts with completions; {plain} is plain and {record} is not: "
+                "a corpus is either plain text or prompts with completions; "
+                f"{plain} is plain and {record} is not: "
                 "give one kind, or use --field to take one field of the records as plain text"
             )
 

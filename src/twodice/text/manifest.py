@@ -1,4 +1,4 @@
-"""The manifest of a token store: which files it is made of, their sizes and digests, and that they are still so.
+"""The manifest of a token store: its files, their sizes and digests, and whether they are still so.
 
 This module knows nothing of tokens.
 """
@@ -46,7 +46,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Add the size and SHA-256 of every file in `folder` to `manifest`, make all of it durable, write it last."""
+    """Add size and SHA-256 of every file in `folder` to `manifest`, make all of it durable, write it last."""
     manifest["files"] = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(folder.iterdir())

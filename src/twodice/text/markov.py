@@ -1,7 +1,8 @@
 """A small Markov source whose entropy rate is known exactly, so that a loss can be held against the truth.
 
-Each symbol is one byte. Probabilities are multiples of 1/256, so that a uniform byte and a table draw from them without
-rounding, and the entropy rate is that of what is really drawn. This module knows nothing of files and tokens.
+Each symbol is one byte. Probabilities are multiples of 1/256, so that a uniform byte and a table draw from
+them without rounding, and the entropy rate is that of what is really drawn. This module knows nothing of
+files and tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class MarkovSource:
     ----------
     symbols : int
         Size of the alphabet, in [2, 64].
-    bytes : int
+    num_bytes : int
         Length of the text, at least 1.
     seed : int
         Seed of table and text.
@@ -39,15 +40,17 @@ class MarkovSource:
     """
 
     symbols: int = 16
-    bytes: int = 1_000_000
+    num_bytes: int = 1_000_000
     seed: int = 0
     order: int = 2
 
     def __post_init__(self) -> None:
-        for name, low, high in (("symbols", SMALLEST, LARGEST), ("bytes", 1, 2**34), ("order", 1, 2)):
+        for name, low, high in (("symbols", SMALLEST, LARGEST), ("num_bytes", 1, 2**34), ("order", 1, 2)):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ConfigError(f"{name} of markov must be in [{low}, {high}]; got {value}")
+                raise ConfigError(
+                    f"{name.removeprefix('num_')} of markov must be in [{low}, {high}]; got {value}"
+                )
 
     @classmethod
     def parse(cls, text: str) -> MarkovSource:
@@ -69,12 +72,13 @@ class MarkovSource:
                 raise ConfigError(
                     f"{name} of markov must be an integer; got {equals + value!r} in {text!r}"
                 ) from error
-        return cls(**settings)
+        return cls(**{"num_bytes" if name == "bytes" else name: value for name, value in settings.items()})
 
     def counts(self) -> npt.NDArray[np.int64]:
-        """256 times the probability of each symbol after each state: ``(symbols ** order, symbols)``, rows sum to 256.
+        """256 times the probability of each symbol after each state: ``(symbols ** order, symbols)``.
 
-        Every entry is at least 1, so every text is possible and the chain has one stationary distribution.
+        Rows sum to 256. Every entry is at least 1, so every text is possible and the chain has one stationary
+        distribution.
         """
         states = self.symbols**self.order
         noise = _words(Key(self.seed).child("markov", "table"), states * self.symbols).reshape(
@@ -88,17 +92,18 @@ class MarkovSource:
         missing = spare - counts.sum(axis=1)
         order = np.argsort(-(exact - counts), axis=1, kind="stable")
         ranks = np.argsort(order, axis=1, kind="stable")
-        return 1 + counts + (ranks < missing[:, None])
+        return np.asarray(1 + counts + (ranks < missing[:, None]), dtype=np.int64)
 
     def entropy_nats(self) -> float:
-        """Entropy rate in nats a symbol, which is a byte: sum over states of stationary share times entropy of the row."""
-        probabilities = self.counts() / _PARTS
+        """Entropy rate in nats a symbol (a byte): entropies of the rows, weighted by the stationary shares."""
+        probabilities = self.counts().astype(np.float64) / _PARTS
         states = len(probabilities)
         stationary = np.full(states, 1 / states)
         following = (np.arange(states)[:, None] * self.symbols + np.arange(self.symbols)) % states
         for _ in range(10_000):
-            new = np.bincount(following.ravel(), (stationary[:, None] * probabilities).ravel(), states)
-            new /= new.sum()
+            flow = (stationary[:, None] * probabilities).ravel()
+            new = np.bincount(following.ravel(), weights=flow, minlength=states).astype(np.float64)
+            new = new / new.sum()
             if np.abs(new - stationary).sum() < 1e-15:
                 break
             stationary = new
@@ -113,12 +118,12 @@ class MarkovSource:
         states = len(counts)
         symbols = np.repeat(np.tile(np.arange(self.symbols), states), counts.ravel())
         table: list[int] = symbols.tolist()
-        out = bytearray(self.bytes)
+        out = bytearray(self.num_bytes)
         letters = ALPHABET.encode("ascii")
         key, symbols_there = Key(self.seed).child("markov", "text"), self.symbols
         state, place, stretch = 0, 0, 1 << 20
-        for start in range(0, self.bytes, stretch):
-            length = min(stretch, self.bytes - start)
+        for start in range(0, self.num_bytes, stretch):
+            length = min(stretch, self.num_bytes - start)
             noise = _words(key, -(-length // 4), start // 4).astype("<u4").view(np.uint8)[:length]
             for byte in noise.tolist():
                 symbol = table[state * _PARTS + byte]

@@ -26,7 +26,8 @@ def read_jsonl(path: Path, data: bytes, field: str) -> Iterator[Document]:
     data : bytes
         The file's content, checked UTF-8.
     field : str
-        Field that holds the text. Where no record has it, ``prompt`` with ``completion``, or ``messages``, are read.
+        Field that holds the text. Where no record has it, ``prompt`` with ``completion``, or ``messages``,
+        are read.
 
     Raises
     ------
@@ -68,7 +69,8 @@ def read_parquet(path: Path, field: str) -> Iterator[Document]:
             columns = _columns(names, field)
             if columns is None:
                 raise DataError(
-                    f"{path} must have a column {field!r}; it has {', '.join(names) or 'none'}{nearest(field, names)}; "
+                    f"{path} must have a column {field!r}; "
+                    f"it has {', '.join(names) if names else 'none'}{nearest(field, names)}; "
                     "choose one with --field"
                 )
             number = 0

@@ -1,7 +1,7 @@
-"""The keyed split into train, validation A and validation B: which text is learned from and which is only measured on.
+"""The keyed split into train, validation A and validation B: what is learned from and what is only measured.
 
-Validation A chooses (the best step), validation B reports. Documents with the same text always land on the same side. This
-module knows nothing of files and nothing of tokens.
+Validation A chooses (the best step), validation B reports. Documents with the same text always land on the
+same side. This module knows nothing of files and nothing of tokens.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def split_corpus(
     shares : sequence of float
         Shares of the three parts by bytes; positive, with sum 1.
     train_bytes : int, optional
-        Keep only a keyed choice of this many bytes of the training part (the last document is cut). The validation parts
-        stay as they are, so scarce text is still measured on enough text; a smaller choice is part of a larger one.
+        Keep only a keyed choice of this many bytes of the training part (the last document is cut). The
+        validation parts stay as they are, so scarce text is still measured on enough text; a smaller choice
+        is part of a larger one.
 
     Returns
     -------
@@ -64,8 +65,8 @@ def split_corpus(
 
     Randomness
     ----------
-    Documents are ordered by ``key.child("split", digest of the text)`` and dealt in that order to the part that is then the
-    least full in proportion to its share.
+    Documents are ordered by ``key.child("split", digest of the text)`` and dealt in that order to the part
+    that is then the least full in proportion to its share.
     """
     if len(shares) != 3 or any(not 0 < share < 1 for share in shares) or abs(sum(shares) - 1) > 1e-9:
         raise ConfigError(f"shares must be three numbers in (0, 1) with sum 1; got {list(shares)}")
@@ -121,7 +122,7 @@ def _units(corpus: Corpus) -> tuple[list[Document], bool, str]:
 
 
 def blocks_of(document: Document, size: int) -> list[Document]:
-    """`document` in blocks of about `size` bytes, each cut after a paragraph, a line, a word or at least a character."""
+    """`document` in blocks of about `size` bytes, cut after a paragraph, a line, a word or a character."""
     data = document.data
     if len(data) < 2 * size:
         return [document]

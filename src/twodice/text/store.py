@@ -1,9 +1,9 @@
-"""The token store: text becomes tokens once, in memory-mapped files with a manifest, and is only read from then on.
+"""The token store: text becomes tokens once, in memory-mapped files with a manifest, and is then only read.
 
-A store is a folder: ``manifest.json`` (written last, with the SHA-256 of every other file), ``tokenizer.json``, and for each
-split its tokens, its text and where its documents begin. It is written beside its place and renamed into it, so a store is
-there whole or not at all, and any number of processes may read it. This module knows nothing of models; n windows,
-context positions.
+A store is a folder: ``manifest.json`` (written last, with the SHA-256 of every other file),
+``tokenizer.json``, and for each split its tokens, its text and where its documents begin. It is written
+beside its place and renamed into it, so a store is there whole or not at all, and any number of processes may
+read it. This module knows nothing of models; n windows, context positions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ Mask = npt.NDArray[np.bool_]
 class SplitTokens:
     """The tokens of one split, memory-mapped.
 
-    Plain text is one stream: documents in order, each followed by the end-of-document token; window i is the tokens
-    ``i * context`` to ``(i + 1) * context`` inclusive, so that every token but the first is the target of exactly one
-    window (a rest shorter than a window is left out). Records with completions are one window each: cut at
-    ``context + 1`` tokens, or filled up on the right with the end-of-document token, where `loss_mask` is False. In a
-    causal model what stands on the right changes nothing on its left, so no attention mask is needed.
+    Plain text is one stream: documents in order, each followed by the end-of-document token; window i is the
+    tokens ``i * context`` to ``(i + 1) * context`` inclusive, so that every token but the first is the target
+    of exactly one window (a rest shorter than a window is left out). Records with completions are one window
+    each: cut at ``context + 1`` tokens, or filled up on the right with the end-of-document token, where
+    `loss_mask` is False. In a causal model what stands on the right changes nothing on its left, so no
+    attention mask is needed.
 
     Attributes
     ----------
@@ -91,7 +93,7 @@ class SplitTokens:
         return out if inside is None else np.where(inside, out, self.end_of_document)
 
     def loss_mask(self, indices: Any, context: int) -> Mask | None:
-        """Whether each target counts, ``(n, context)`` bool aligned with ``windows(...)[:, 1:]``; None for plain text."""
+        """Which targets count, ``(n, context)`` bool, as ``windows(...)[:, 1:]``; None for plain text."""
         if self.counted is None:
             return None
         places, inside = self._places(indices, context)
@@ -101,8 +103,8 @@ class SplitTokens:
     def bytes_of_targets(self, indices: Any, context: int) -> Ids:
         """Bytes of text that the counted targets of each window stand for: ``(n,)`` int64.
 
-        End-of-document tokens and targets outside `loss_mask` stand for none. Bits per byte are the sum of the targets'
-        losses in nats, over this sum, over ln 2.
+        End-of-document tokens and targets outside `loss_mask` stand for none. Bits per byte are the sum of
+        the targets' losses in nats, over this sum, over ln 2.
         """
         places, inside = self._places(indices, context)
         places = places[:, 1:]
@@ -114,6 +116,15 @@ class SplitTokens:
         if self.counted is not None and inside is not None:
             counts = counts * ((self.counted[places] != 0) & inside[:, 1:])
         return np.asarray(counts.sum(axis=1), dtype=np.int64)
+
+    def num_truncated(self, context: int) -> int:
+        """Records that are longer than a window and lose their end."""
+        _check_context(context)
+        return 0 if self.starts is None else int((np.diff(self.starts) > context + 1).sum())
+
+    def num_without_target(self, context: int) -> int:
+        """Records left out because their completion begins after the window."""
+        return 0 if self.starts is None else len(self.starts) - 1 - self.num_windows(context)
 
     def starts_of_windows(self, indices: Any, context: int) -> Ids:
         """Place in `tokens` of the first token of each window: ``(n,)`` int64."""
@@ -131,7 +142,7 @@ class SplitTokens:
     def texts(self) -> list[str]:
         """The text of each document (or block) of the split."""
         edges = self.document_bytes.tolist()
-        return [self._text[a:b].tobytes().decode("utf-8") for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [self._text[a:b].tobytes().decode("utf-8") for a, b in pairwise(edges)]
 
     def _usable(self, context: int) -> Ids:
         """Records in which at least one counted target lies within a window."""
@@ -145,7 +156,7 @@ class SplitTokens:
         return cache[context]
 
     def _places(self, indices: Any, context: int) -> tuple[Ids, Mask | None]:
-        """Where the tokens of windows stand, ``(n, context + 1)``, and for records which of them are there."""
+        """Where the tokens of windows stand, ``(n, context + 1)``; of records also which are there."""
         total = self.num_windows(context)
         chosen = np.asarray(indices, dtype=np.int64).reshape(-1)
         if chosen.size and not (0 <= chosen.min() and chosen.max() < total):
@@ -257,13 +268,27 @@ class TokenStore:
 
     @property
     def entropy_nats_per_token(self) -> float | None:
-        """The same a token, where each token is a byte; None otherwise. End-of-document tokens are not in it."""
+        """The same a token, where each token is a byte, else None. End-of-document tokens are not in it."""
         return self.entropy_nats_per_byte if self.manifest["tokenizer"] == "bytes" else None
 
     @property
     def notices(self) -> list[str]:
         """Sentences to show: how the text was read, split and cut into tokens."""
         return list(self.manifest["notices"])
+
+    def notices_at(self, context: int) -> list[str]:
+        """`notices`, and what windows of `context` do to long records."""
+        said = self.notices
+        records = sum(len(part.document_bytes) - 1 for part in self.splits.values())
+        cut = sum(part.num_truncated(context) for part in self.splits.values())
+        out = sum(part.num_without_target(context) for part in self.splits.values())
+        if cut:
+            said.append(
+                f"{cut:,} of {records:,} records are longer than {context + 1} tokens and were cut there"
+            )
+        if out:
+            said.append(f"{out:,} of {records:,} records have no completion within it and are left out")
+        return said
 
     def texts(self, split: str) -> list[str]:
         """The text of each document (or block) of a split."""
@@ -283,15 +308,15 @@ def prepare(
     train_bytes: int | None = None,
     share: float | None = None,
 ) -> TokenStore:
-    """Split `corpus`, learn or load the tokenizer, and store the tokens in the folder `out`; or find them there.
+    """Split `corpus`, learn or load the tokenizer, and store the tokens in `out`; or find them there.
 
     Parameters
     ----------
     corpus : Corpus
         From `load_documents`.
     tokenizer : str or Path, optional
-        ``"bpe"`` (learned from the training part only), ``"bytes"``, or a folder in Hugging Face format. None means
-        ``"bytes"`` for the Markov source, whose entropy is known a byte, and ``"bpe"`` otherwise.
+        ``"bpe"`` (learned from the training part only), ``"bytes"``, or a folder in Hugging Face format. None
+        means ``"bytes"`` for the Markov source, whose entropy is known a byte, and ``"bpe"`` otherwise.
     vocabulary : int, optional
         Entries of the BPE, at least 257. None means `vocabulary_for` the training bytes.
     context : int
@@ -299,10 +324,11 @@ def prepare(
     key : Key
         Key of the split.
     out : Path
-        The folder of the store itself. A finished store of the same texts and settings is opened, not made again; one of
-        other texts or settings is an error that names them.
+        The folder of the store itself. A finished store of the same texts and settings is opened, not made
+        again; one of other texts or settings is an error that names them.
     train_bytes : int, optional
-        Keep a keyed choice of this many bytes of the training part: the case of scarce text. Validation stays whole.
+        Keep a keyed choice of this many bytes of the training part: the case of scarce text. Validation stays
+        whole.
     share : float, optional
         The same as a share of the training part, in (0, 1]. At most one of the two.
 
@@ -382,15 +408,21 @@ def _check_windows(store: TokenStore, context: int) -> None:
         if split.completion_only:
             raise DataError(
                 f"every split must hold at least one record whose completion begins within {context} tokens; "
-                f"{what} holds none ({len(split.document_bytes) - 1} records): give more records, or a longer context"
+                f"{what} holds none ({len(split.document_bytes) - 1} records): "
+                "give more records, or a longer context"
             )
         total = sum(part.num_bytes for part in store.splits.values())
         kept = split.num_tokens
         needed = round(total * (context + 1) / kept * 1.2) + 1 if kept else None
-        remedy = f"about {needed:,} bytes of text would do" if needed is not None else "give more text"
+        remedy = (
+            f"about {needed:,} bytes of text would do"
+            if needed is not None
+            else "its documents or blocks are nearly all copies of one another, give more text"
+        )
         shorter = min(max(0, part.num_tokens - 1) for part in store.splits.values())
         raise DataError(
-            f"every split must hold at least one window of {context + 1} tokens (context {context} and the one after); "
+            f"every split must hold at least one window of {context + 1} tokens "
+            f"(context {context} and the one after); "
             f"{what} holds {kept} from {split.num_bytes:,} of {total:,} bytes: {remedy}"
             + (f", or a context of at most {shorter}" if shorter else "")
         )

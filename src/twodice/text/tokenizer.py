@@ -1,8 +1,9 @@
 """Text to tokens and back: byte-level BPE trained here, plain bytes, or the ``tokenizer.json`` of a folder.
 
-What the tokenizers of this module share: a text is cut into pieces before it is encoded, so that one line of any length
-needs little memory; special tokens are never recognised inside a text; and the number of text bytes that each token
-stands for is known exactly. This module knows nothing of splits and files of tokens, and nothing of torch.
+What the tokenizers of this module share: a text is cut into pieces before it is encoded, so that one line of
+any length needs little memory; special tokens are never recognised inside a text; and the number of text
+bytes that each token stands for is known exactly. This module knows nothing of splits and files of tokens,
+and nothing of torch.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SMALLEST_VOCABULARY = 512
 LARGEST_VOCABULARY = 32768
 BYTES_PER_ENTRY = 256
 
-_PIECE = 1 << 18  # characters a piece: memory for encodings stays at some tens of megabytes
+_PIECE = 1 << 18  # characters a piece, and how many are encoded side by side: tens of megabytes for encodings
+_PIECES_AT_ONCE = 4
 _LONGEST_WORD = 64  # characters; while training only, see _for_training
 _LONG_WORDS = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)")
 
@@ -46,8 +48,8 @@ Ids = npt.NDArray[np.int64]
 def vocabulary_for(num_bytes: int) -> tuple[int, str]:
     """Size of the vocabulary for a training text of `num_bytes` bytes, and the reason in words.
 
-    The rule: the largest power of two that leaves at least 256 bytes of training text for each entry (on average some
-    60 to 100 occurrences of each token, enough to learn its embedding), between 512 and 32,768.
+    The rule: the largest power of two that leaves at least 256 bytes of training text for each entry (on
+    average some 60 to 100 occurrences of each token, enough to learn its embedding), between 512 and 32,768.
 
     Parameters
     ----------
@@ -89,8 +91,8 @@ class TextTokenizer:
     end_of_document : int
         Id of the token that ends a document.
     byte_table : ndarray or None
-        Bytes of text for each id, ``(vocabulary,)`` int64, where that is a property of the token (byte level, text not
-        normalised); None where it depends on the place in the text.
+        Bytes of text for each id, ``(vocabulary,)`` int64, where that is a property of the token (byte level,
+        text not normalised); None where it depends on the place in the text.
     """
 
     kind: str
@@ -123,9 +125,10 @@ class TextTokenizer:
                 )
                 yield raw, np.ones_like(raw)
         elif self.byte_table is not None:
-            for piece in pieces(text):
-                ids = np.asarray(self.inner.encode(piece, add_special_tokens=False).ids, dtype=np.int64)
-                yield ids, self.byte_table[ids]
+            for few in _batched(pieces(text), _PIECES_AT_ONCE):
+                for encoding in self.inner.encode_batch_fast(few, add_special_tokens=False):
+                    ids = np.asarray(encoding.ids, dtype=np.int64)
+                    yield ids, self.byte_table[ids]
         elif text:
             # A tokenizer that normalises or adds a prefix must see the whole document.
             encoding = self.inner.encode(text, add_special_tokens=False)
@@ -150,8 +153,8 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> TextTokenizer:
     texts : iterable of str
         The training part, and nothing else.
     vocabulary : int
-        Entries wanted, at least 257 (all bytes and the end-of-document token). Fewer come out where the text has no more
-        pairs to join.
+        Entries wanted, at least 257 (all bytes and the end-of-document token). Fewer come out where the text
+        has no more pairs to join.
 
     Returns
     -------
@@ -189,8 +192,8 @@ def bytes_tokenizer() -> TextTokenizer:
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
     """The tokenizer of a folder in Hugging Face format (or of a ``tokenizer.json`` itself).
 
-    Only JSON is read, never code. The end-of-document token is ``eos_token`` of ``tokenizer_config.json`` where that file
-    names one that exists, else the first of the usual names that the vocabulary holds.
+    Only JSON is read, never code. The end-of-document token is ``eos_token`` of ``tokenizer_config.json``
+    where that file names one that exists, else the first of the usual names that the vocabulary holds.
     """
     path = Path(folder)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -224,9 +227,9 @@ def from_json(text: str, kind: str, end_of_document: int) -> TextTokenizer:
 def pieces(text: str, longest: int = _PIECE) -> Iterator[str]:
     """`text` in order, in pieces of at most `longest` characters, cut where byte-level tokens end anyway.
 
-    The cut falls before a space that follows something else than white space: there the pre-tokenizers of GPT-2 and of
-    its children always begin a new word, so the tokens are those of the whole text. Only where there is no such place in
-    the second half of a piece is it cut at its end.
+    The cut falls before a space that follows something else than white space: there the pre-tokenizers of
+    GPT-2 and of its children always begin a new word, so the tokens are those of the whole text. Only where
+    there is no such place in the second half of a piece is it cut at its end.
     """
     start, end = 0, len(text)
     while end - start > longest:
@@ -245,11 +248,23 @@ def pieces(text: str, longest: int = _PIECE) -> Iterator[str]:
         yield text[start:]
 
 
+def _batched(items: Iterable[str], count: int) -> Iterator[list[str]]:
+    """Lists of up to `count` items in order (itertools has it from Python 3.12)."""
+    few: list[str] = []
+    for item in items:
+        few.append(item)
+        if len(few) == count:
+            yield few
+            few = []
+    if few:
+        yield few
+
+
 def _for_training(texts: Iterable[str]) -> Iterator[str]:
     """Pieces in which no word is very long.
 
-    Learning pairs costs the length of a word for each pair found in it, so one endless word would never finish; joining
-    across the 64th character of a word is the only thing lost.
+    Learning pairs costs the length of a word for each pair found in it, so one endless word would never
+    finish; joining across the 64th character of a word is the only thing lost.
     """
     for text in texts:
         for piece in pieces(text):
@@ -262,7 +277,7 @@ def _for_training(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in GPT-2's byte level (Radford et al. 2019), in order of the bytes."""
+    """The character for each byte in GPT-2's byte level (Radford et al. 2019), in order of the bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -272,12 +287,15 @@ def _wrap(inner: Tokenizer, kind: str, origin: str, end_name: str | None = None)
     """A `TextTokenizer` around `inner`, its end-of-document token found and its bytes counted."""
     inner.no_padding()
     inner.no_truncation()
+    if isinstance(inner.model, models.BPE):
+        inner.model.dropout = None  # a hidden generator: the same text would not give the same tokens
     inner.encode_special_tokens = True  # a text that spells a special token is still only text
     ids: dict[str, int] = inner.get_vocab(with_added_tokens=True)
     name = next((n for n in (end_name, *END_NAMES) if n is not None and n in ids), None)
     if name is None:
         raise DataError(
-            f"{origin} must hold an end-of-document token; none of {', '.join(END_NAMES)} is in its vocabulary; "
+            f"{origin} must hold an end-of-document token; "
+            f"none of {', '.join(END_NAMES)} is in its vocabulary; "
             "add one, or name it as eos_token in tokenizer_config.json"
         )
     vocabulary = max(ids.values()) + 1
@@ -294,6 +312,7 @@ def _byte_table(inner: Tokenizer, ids: dict[str, int], vocabulary: int) -> Ids |
     if (
         state["model"]["type"] != "BPE"
         or state.get("normalizer") is not None
+        or any(state["model"].get(affix) for affix in ("continuing_subword_prefix", "end_of_word_suffix"))
         or not levels
         or any(step.get("type") not in harmless or step.get("behavior") == "Removed" for step in steps)
         or any(level.get("add_prefix_space") for level in levels)
@@ -313,13 +332,13 @@ def _byte_table(inner: Tokenizer, ids: dict[str, int], vocabulary: int) -> Ids |
 
 
 def _counts_from_offsets(text: str, offsets: list[tuple[int, int]]) -> Ids:
-    """Bytes of `text` for each token from the characters it covers; what no token covers goes to the next one.
+    """Bytes of `text` for each token from the characters it covers; what none covers goes to the next one.
 
     The last token takes the rest, so that the sum is always the bytes of the text.
     """
     widths = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    widths = 1 + (widths >= 0x80) + (widths >= 0x800) + (widths >= 0x10000)
-    before = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
+    sizes = 1 + (widths >= 0x80) + (widths >= 0x800) + (widths >= 0x10000)
+    before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if not offsets:
         return np.empty(0, np.int64)
     ends = np.maximum.accumulate(np.asarray([end for _, end in offsets], dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Writing a token store: split, tokenizer, then every split's tokens in stretches, so that memory stays small.
+"""Writing a token store: split, tokenizer, then every split's tokens in stretches that need little memory.
 
 This module knows nothing of reading the store again.
 """
@@ -20,7 +20,7 @@ from twodice.text.split import SHARES, Split, split_corpus
 from twodice.text.tokenizer import TextTokenizer, bytes_tokenizer, load_tokenizer, train_bpe, vocabulary_for
 
 #: BPE is learned from at most this much of the training part: more changes almost no pair and costs minutes.
-BPE_BYTES = 1 << 26
+BPE_BYTES = 1 << 24
 
 
 def settings_of(
@@ -87,7 +87,8 @@ def write_store(
         for name in counts
     )
     passed = (
-        "a window may hold the end of one document and the beginning of the next, with the end-of-document token between"
+        "a window may hold the end of one document and the beginning of the next, "
+        "with the end-of-document token between"
         if crosses
         else "one record a window; the loss is taken on completions only"
     )
