@@ -51,7 +51,12 @@ class Layers:
         return not stops or low < min(stops)
 
     def __str__(self) -> str:
-        if self.start is not None and self.stop is not None and self.stop == self.start + 1 and self.start >= 0:
+        if (
+            self.start is not None
+            and self.stop is not None
+            and self.stop == self.start + 1
+            and self.start >= 0
+        ):
             return f"[{self.start}]"
         left = "" if self.start is None else self.start
         right = "" if self.stop is None else self.stop
@@ -83,16 +88,22 @@ class Entry:
         if self.kind in UNBUILT:
             raise ConfigError(f"the kind {self.kind!r} is not built yet; there are {', '.join(KINDS)}")
         if self.kind not in KINDS:
-            raise ConfigError(f"a kind must be one of {', '.join(KINDS)}; got {self.kind!r}{nearest(self.kind, KINDS)}")
+            raise ConfigError(
+                f"a kind must be one of {', '.join(KINDS)}; got {self.kind!r}{nearest(self.kind, KINDS)}"
+            )
         places, layered = KINDS[self.kind]
         if self.place is not None and places is not None and self.place not in places:
             if not places:
-                raise ConfigError(f"{self.kind!r} has no places to narrow it to; got {self.target!r}; write {self.kind!r}")
+                raise ConfigError(
+                    f"{self.kind!r} has no places to narrow it to; got {self.target!r}; write {self.kind!r}"
+                )
             raise ConfigError(
                 f"{self.kind!r} may be narrowed to {' or '.join(places)}; got {self.place!r}{nearest(self.place, places)}"
             )
         if self.layers is not None and not layered:
-            raise ConfigError(f"{self.kind!r} does not belong to a layer; got {self.target!r}; leave the brackets out")
+            raise ConfigError(
+                f"{self.kind!r} does not belong to a layer; got {self.target!r}; leave the brackets out"
+            )
         if self.kind == "residual" and self.schedule == Constant(1):
             raise ConfigError(
                 f"p must be below 1 at {self.target!r}, because all layers would be cut off for the whole run; got 1"
@@ -180,7 +191,9 @@ class DropoutPlan:
         for part in _split(source):
             target, equals, rate = part.partition("=")
             if not equals or not target.strip() or not rate.strip():
-                raise ConfigError(f"an entry of a plan must read kind=rate, such as residual=0.1; got {part.strip()!r}")
+                raise ConfigError(
+                    f"an entry of a plan must read kind=rate, such as residual=0.1; got {part.strip()!r}"
+                )
             entries.append(_entry(target, rate))
         return cls(tuple(entries))
 
@@ -218,7 +231,9 @@ def _split(text: str) -> list[str]:
 def _entry(target: str, rate: Any) -> Entry:
     match = _TARGET.fullmatch(target)
     if match is None:
-        raise ConfigError(f"a target must read kind[.place][layers], such as residual.mlp[0:6]; got {target.strip()!r}")
+        raise ConfigError(
+            f"a target must read kind[.place][layers], such as residual.mlp[0:6]; got {target.strip()!r}"
+        )
     kind, place, layers = match[1], match[2][1:] if match[2] else None, match[3]
     # The name is checked before the rate, so that a misspelt kind is not reported as a bad rate.
     entry = Entry(kind, Constant(0.0), place, None if layers is None else _layers(layers, target.strip()))
@@ -230,7 +245,11 @@ def _entry(target: str, rate: Any) -> Entry:
 
 def _layers(text: str, target: str) -> Layers:
     match = _LAYERS.fullmatch(text)
-    if match is None or (match[1] is None and match[2] is None) or (match[2] is None and match[3] is not None):
+    if (
+        match is None
+        or (match[1] is None and match[2] is None)
+        or (match[2] is None and match[3] is not None)
+    ):
         raise ConfigError(f"layers must read [3], [0:6], [6:] or [:6]; got [{text}] at {target!r}")
     start = None if match[1] is None else int(match[1])
     if match[2] is None:

@@ -38,7 +38,9 @@ def _rate(value: object, what: str) -> float:
 def _moment(value: object, what: str) -> int | float:
     """A point in time: whole steps (int, >= 0) or a fraction of the run (float in [0, 1])."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{what} must be a fraction of the run in [0, 1] or a whole number of steps; got {value!r}")
+        raise ConfigError(
+            f"{what} must be a fraction of the run in [0, 1] or a whole number of steps; got {value!r}"
+        )
     if isinstance(value, int):
         if value < 0:
             raise ConfigError(f"{what} must be 0 steps or more; got {value}")
@@ -55,7 +57,9 @@ def _steps(moment: int | float, total_steps: int | None) -> int:
     if isinstance(moment, int):
         return moment
     if total_steps is None:
-        raise ConfigError("a fraction of the run needs total_steps; pass it to attach, or write whole steps in the plan")
+        raise ConfigError(
+            "a fraction of the run needs total_steps; pass it to attach, or write whole steps in the plan"
+        )
     return floor(moment * total_steps + 0.5)
 
 
@@ -134,7 +138,9 @@ class Linear:
         """Return the rate at `step`, in [0, 1]."""
         if self.until is None:
             if total_steps is None:
-                raise ConfigError("linear(first, last) needs total_steps; pass it to attach, or write linear(first, last, steps)")
+                raise ConfigError(
+                    "linear(first, last) needs total_steps; pass it to attach, or write linear(first, last, steps)"
+                )
             end = total_steps - 1
         else:
             end = _steps(self.until, total_steps)
@@ -257,7 +263,9 @@ def parse_schedule(value: object) -> Schedule:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Constant(value)
     if not isinstance(value, str):
-        raise ConfigError(f"a rate must be a number in [0, 1] or a schedule such as 'early(0.1, 0.3)'; got {value!r}")
+        raise ConfigError(
+            f"a rate must be a number in [0, 1] or a schedule such as 'early(0.1, 0.3)'; got {value!r}"
+        )
     text = value.strip()
     call = _CALL.fullmatch(text)
     if call is None:
@@ -275,7 +283,9 @@ def parse_schedule(value: object) -> Schedule:
     if name in UNBUILT:
         raise ConfigError(f"the schedule {name!r} is not built yet; there are {', '.join(SCHEDULES)}")
     if name not in SCHEDULES:
-        raise ConfigError(f"a schedule must be one of {', '.join(SCHEDULES)}; got {name!r}{nearest(name, SCHEDULES)}")
+        raise ConfigError(
+            f"a schedule must be one of {', '.join(SCHEDULES)}; got {name!r}{nearest(name, SCHEDULES)}"
+        )
     made, fewest, most = SCHEDULES[name]
     if not fewest <= len(arguments) <= most:
         wanted = str(fewest) if fewest == most else f"{fewest} or {most}"

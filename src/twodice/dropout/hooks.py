@@ -1,0 +1,400 @@
+"""What runs inside an attached model: sites, hooks, and what a step switches in the model while it lasts.
+
+The root's forward opens a frame; each site drops by its key and the frame; the recomputation of a checkpoint re-enters
+the frame of its forward. Knows the kernels only through `kernels.dropout`, and the search for sites not at all.
+
+Letters: B rows, T positions, C columns.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from twodice.dropout import attention
+from twodice.dropout.plan import DropoutPlan, Entry
+from twodice.dropout.sites import Inventory, Place, first_tensor
+from twodice.dropout.step import Frame, Snapshot, open_frame, set_rows, site_key
+from twodice.errors import ContractError, ShapeError
+from twodice.kernels.dropout import dropout
+from twodice.random.keys import Key
+
+_ABSENT = object()
+_AXES = {"bc": 2, "btc": 3, "bhts": 4}
+
+
+class Site:
+    """A place that drops: its name, its number in the snapshot, and its keys."""
+
+    def __init__(self, state: State, index: int, place: Place, entry: Entry) -> None:
+        self.state = state
+        self.index = index
+        self.name = place.name
+        self.layout = place.layout
+        self.kind = place.kind
+        self.layer = place.layer
+        self.entry = entry
+
+    def drop(self, frame: Frame, x: torch.Tensor, key_positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `x` with the units dropped that the frame's step names at this site."""
+        snapshot, index = frame.snapshot, self.index
+        visit = frame.visits[index]
+        frame.visits[index] = visit + 1
+        rate: int | torch.Tensor
+        step: int | torch.Tensor
+        if torch.compiler.is_compiling():
+            # Tensors, so that a schedule never recompiles.
+            rate, step = snapshot.rates[index], snapshot.step_tensor
+        else:
+            rate, step = snapshot.thresholds[index], snapshot.step
+            if rate == 0:
+                return x
+        layout = self.layout
+        if layout is None:
+            layout = {2: "bc", 3: "btc"}.get(x.dim())
+        if (
+            layout is None
+            or (frame.rows is not None and x.shape[0] != frame.rows)
+            or x.dim() != _AXES[layout]
+        ):
+            self.misfit(frame, x)
+        positions = frame.positions
+        if positions is not None:
+            if layout == "bc":
+                positions = None
+            elif positions.shape[1] != (x.shape[2] if layout == "bhts" else x.shape[1]):
+                raise ShapeError(
+                    f"positions must be (B, T) with the T of the tensor at site {self.name!r}, whose shape is "
+                    f"{tuple(x.shape)}; got {tuple(positions.shape)}"
+                )
+        key = (
+            self.state.keys_of(snapshot.draw)[index]
+            if visit == 0
+            else self.state.key_of(index, snapshot.draw, visit)
+        )
+        return dropout(
+            x, rate, key, step,
+            examples=snapshot.examples, positions=positions, key_positions=key_positions, layout=layout,
+        )  # fmt: skip
+
+    def misfit(self, frame: Frame, x: torch.Tensor) -> NoReturn:
+        """Say what shape came to this site and what must have come."""
+        wanted = "(B, T, C) or (B, C)" if self.layout is None else f"axes {self.layout!r}"
+        rows = "" if frame.rows is None else f" with B = {frame.rows}, the rows of the model's input"
+        raise ShapeError(
+            f"the tensor at site {self.name!r} must be {wanted}{rows}; got shape {tuple(x.shape)}; leave this site out of "
+            f"the plan, or use twodice.dropout with a layout of your own"
+        )
+
+
+class State:
+    """Everything about one attachment that the hooks see. Holds the model weakly."""
+
+    def __init__(
+        self, inventory: Inventory, plan: DropoutPlan, seed: int, total_steps: int | None, name: str
+    ) -> None:
+        self.root = weakref.ref(inventory.root)
+        self.model_name = type(inventory.root).__name__
+        self.plan = plan
+        self.seed = seed
+        self.total_steps = total_steps
+        self.name = name
+        #: Sites that can drop, and all that the plan speaks of (a rate of 0 among them).
+        self.sites: list[Site] = []
+        self.all_sites: list[Site] = []
+        self.spoken: set[str] = set()
+        self.snapshot: Snapshot | None = None
+        self.frame: Frame | None = None
+        self.road: attention.Road | None = None
+        self.keys: dict[int, tuple[Key, ...]] = {}
+        self.attached = True
+        #: What is changed while a step runs: (mapping, name, value inside), and the same for hooks of the step alone.
+        self.switches: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
+        self.saved: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
+        self.layers: list[dict[str, Any]] = []
+        self.config: Any = None
+        self.eager: Callable[..., Any] | None = None
+
+    def keys_of(self, draw: int) -> tuple[Key, ...]:
+        """The keys of all sites at their first visit."""
+        return self.keys[draw]
+
+    def key_of(self, index: int, draw: int, visit: int) -> Key:
+        """The key of one site at a later visit of its (shared) module."""
+        return site_key(self.seed, self.sites[index].name, draw, visit)
+
+    def lost(self, where: str) -> NoReturn:
+        """Raise: a part of the model runs in train mode and no forward of the root is under way."""
+        raise ContractError(
+            f"{where!r} runs in train mode outside a forward of the attached {self.model_name} inside a step: its masks are "
+            "not defined. In a recomputation (activation checkpointing of your own) pass context_fn=handle.recompute to "
+            "torch.utils.checkpoint.checkpoint; else call the whole model inside 'with handle.step(step, examples=...):', "
+            "or put the part into eval()"
+        )
+
+    def switch_on(self) -> None:
+        """Put what a step changes in force: own dropout off, attention by our function, checkpoints that re-enter."""
+        saved = self.saved
+        assert not saved
+        if self.config is not None:
+            assert self.eager is not None
+            self.road = attention.road_of(self.config, self.eager, self.model_name)
+        for mapping, name, value in self.switches:
+            saved.append((mapping, name, mapping.get(name, _ABSENT)))
+            mapping[name] = value
+        for layer in self.layers:
+            if layer.get("gradient_checkpointing") and "_gradient_checkpointing_func" in layer:
+                saved.append((layer, "_gradient_checkpointing_func", layer["_gradient_checkpointing_func"]))
+                layer["_gradient_checkpointing_func"] = _reentering(
+                    self, layer["_gradient_checkpointing_func"]
+                )
+            elif "checkpoint_fn" in layer:
+                saved.append((layer, "checkpoint_fn", layer["checkpoint_fn"]))
+                layer["checkpoint_fn"] = _reentering(self, layer["checkpoint_fn"])
+
+    def switch_off(self) -> None:
+        """Put back what `switch_on` changed."""
+        for mapping, name, value in reversed(self.saved):
+            if value is _ABSENT:
+                mapping.pop(name, None)
+            else:
+                mapping[name] = value
+        self.saved.clear()
+
+    @contextmanager
+    def repeating(self, frame: Frame, visits: tuple[int, ...]) -> Iterator[None]:
+        """Re-enter a frame, for the recomputation of a part of its forward."""
+        root = self.root()
+        if not self.attached or root is None:
+            raise ContractError(
+                "the model was detached between a forward and its backward pass; detach after it"
+            )
+        if not root.training:
+            raise ContractError(
+                "the model was put into eval() between a forward and its backward pass, which computes parts of it again; "
+                "run backward first"
+            )
+        before, outside = self.frame, self.snapshot is None and not self.saved
+        if outside:
+            self.switch_on()
+        self.frame = frame.repeated(visits)
+        try:
+            yield
+        finally:
+            self.frame = before
+            if outside:
+                self.switch_off()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise ContractError("a model cannot be copied inside a step; copy it outside")
+
+
+def _reentering(state: State, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a checkpoint function whose recomputation re-enters the frame of its forward."""
+
+    def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = state.frame
+        if frame is None:
+            return checkpoint(function, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise ContractError(
+                "activation checkpointing of an attached model is not served under torch.compile yet"
+            )
+        visits = tuple(frame.visits)
+        first = True
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            nonlocal first
+            if first:
+                first = False
+                return function(*inputs, **named)
+            with state.repeating(frame, visits):
+                return function(*inputs, **named)
+
+        return checkpoint(run, *args, **kwargs)
+
+    return checkpointed
+
+
+class Inert:
+    """What a hook becomes in a deep copy: nothing."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Hook:
+    """Base of our hooks, so that they are known by type and turn inert in a deep copy."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Inert:
+        if self.state.saved:
+            raise ContractError("a model cannot be copied inside a step; copy it outside")
+        if "twodice" not in memo:
+            memo["twodice"] = True
+            warnings.warn(
+                "the deep copy of an attached model is detached: it has no dropout of the plan; attach it if it is to train",
+                UserWarning,
+                stacklevel=2,
+            )
+        return Inert()
+
+
+class Reader:
+    """Reads the rows and the positions of a forward of a language model from its arguments."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument of that name, given by name or by place; None where there is none."""
+        if name in kwargs:
+            return kwargs[name]
+        place = self.names.index(name) if name in self.names else len(args)
+        return args[place] if place < len(args) else None
+
+    def read(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set the rows and positions of a frame."""
+        tokens = self.argument("input_ids", args, kwargs)
+        if tokens is None:
+            tokens = self.argument("inputs_embeds", args, kwargs)
+        if tokens is None:
+            return
+        set_rows(frame, tokens.shape[0])
+        if frame.snapshot.positions is not None:
+            return
+        positions = self.argument("position_ids", args, kwargs)
+        if positions is not None:
+            frame.positions = positions if positions.dim() == 2 else positions[None]
+            return
+        cache = self.argument("past_key_values", args, kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        # None means 0 .. T-1; with a cache the positions stay absolute.
+        if past:
+            frame.positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+
+
+class RootHook(Hook):
+    """Before the root's forward: outside a step nothing may train; inside, a frame is opened."""
+
+    def __init__(self, state: State, reader: Reader | None, generates: bool, whole: bool) -> None:
+        super().__init__(state)
+        self.reader = reader
+        self.generates = generates
+        self.whole = whole
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.state
+        if not module.training:
+            return
+        if self.generates and not torch.compiler.is_compiling() and _generating():
+            raise ContractError(
+                f"generate() must run in eval mode; the attached {state.model_name} is in train mode; call model.eval() first"
+            )
+        snapshot = state.snapshot
+        if snapshot is None:
+            raise ContractError(
+                f"a forward in train mode must run inside a step; got one of {state.model_name} outside; write "
+                "'with handle.step(step, examples=...):' around forward and backward, or call model.eval()"
+            )
+        rows = None
+        if self.whole:
+            first = first_tensor(args, kwargs)
+            rows = None if first is None or first.dim() == 0 else first.shape[0]
+        frame = open_frame(snapshot, rows, len(state.sites))
+        if self.reader is not None:
+            self.reader.read(frame, args, kwargs)
+        state.frame = frame
+
+
+class RootEnd(Hook):
+    """After the root's forward, also after an error: the frame is closed."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.state.frame = None
+
+
+class BaseHook(Hook):
+    """Before the base model's forward, where that is not the root: its arguments tell rows and positions."""
+
+    def __init__(self, state: State, reader: Reader) -> None:
+        super().__init__(state)
+        self.reader = reader
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not module.training:
+            return
+        frame = self.state.frame
+        if frame is None:
+            self.state.lost(type(module).__name__)
+        self.reader.read(frame, args, kwargs)
+
+
+class GuardHook(Hook):
+    """Before a module whose inside drops: it may not train outside a frame."""
+
+    def __init__(self, state: State, name: str) -> None:
+        super().__init__(state)
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training and self.state.frame is None:
+            self.state.lost(self.name)
+
+
+class InputHook(Hook):
+    """Before a module: drop units of its first argument."""
+
+    def __init__(self, state: State, site: Site) -> None:
+        super().__init__(state)
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not module.training:
+            return None
+        frame = self.state.frame
+        if frame is None:
+            self.state.lost(self.site.name)
+        if not args:
+            raise ShapeError(
+                f"the tensor at site {self.site.name!r} must be the first argument by place; got none"
+            )
+        return self.site.drop(frame, args[0]), *args[1:]
+
+
+class OutputHook(Hook):
+    """After a module: drop units of its result, or of the first of several."""
+
+    def __init__(self, state: State, site: Site) -> None:
+        super().__init__(state)
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not module.training:
+            return None
+        frame = self.state.frame
+        if frame is None:
+            self.state.lost(self.site.name)
+        if isinstance(output, tuple):
+            return self.site.drop(frame, output[0]), *output[1:]
+        return self.site.drop(frame, output)
+
+
+def _generating() -> bool:
+    """Whether a ``generate`` of transformers is among the callers."""
+    caller = sys._getframe(1)
+    while caller is not None:
+        code = caller.f_code
+        if code.co_name == "generate" and "transformers" in code.co_filename:
+            return True
+        caller = caller.f_back  # type: ignore[assignment]
+    return False

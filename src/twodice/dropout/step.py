@@ -1,0 +1,146 @@
+"""One step of training as the sites see it: the snapshot that is entered, and the frame of one forward of the root.
+
+A snapshot holds what the masks of a step are a function of; a frame adds what one forward adds: its rows, its
+positions and how often each site was visited. Knows neither hooks nor models.
+
+Letters: B rows, T positions, S keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from twodice.errors import ConfigError, ContractError, ShapeError
+from twodice.random.keys import Key
+
+FORMULA = "(micro * world + rank) * rows + arange(rows)"
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """What the masks of one step are a function of. Nothing in it changes after it was made, but the count of forwards.
+
+    Attributes
+    ----------
+    step, draw : int
+        The step in [0, 2^32), and which draw of masks within it.
+    examples : int64 tensor (B,) or (B, T), or None
+        Slots in the global batch.
+    positions : int64 tensor (B, T) or (1, T), or None
+        Positions that the caller gave.
+    thresholds : tuple of int
+        One for each site, in [0, 65536].
+    rates : int64 tensor
+        The same thresholds as a tensor: a compiled graph takes them from here.
+    step_tensor : int64 tensor ()
+        The step, for a compiled graph.
+    """
+
+    step: int
+    draw: int
+    examples: torch.Tensor | None
+    positions: torch.Tensor | None
+    thresholds: tuple[int, ...]
+    rates: torch.Tensor
+    step_tensor: torch.Tensor
+    forwards: int = 0
+
+
+def coordinate(values: Any, name: str, dimensions: tuple[int, ...]) -> torch.Tensor | None:
+    """Return `values` as an int64 tensor whose values fit 32 bits, or raise.
+
+    Raises
+    ------
+    ConfigError
+        If the values are no integers, have another number of dimensions, or are outside [0, 2^32).
+    """
+    if values is None:
+        return None
+    tensor = torch.as_tensor(values)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ConfigError(f"{name} must be integers; got {tensor.dtype}")
+    if tensor.dim() not in dimensions:
+        wanted = "(B,) or (B, T)" if dimensions == (1, 2) else "(B, T) or (1, T)"
+        raise ConfigError(f"{name} must have shape {wanted}; got {tuple(tensor.shape)}")
+    if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < 2**32:
+        raise ConfigError(f"{name} must be in [0, 2^32); got {int(tensor.min())} to {int(tensor.max())}")
+    # A copy: the caller may go on writing into its own tensor, and a snapshot does not change.
+    return tensor.to(torch.int64, copy=True)
+
+
+class Frame:
+    """One forward of the root within a step.
+
+    Attributes
+    ----------
+    snapshot : Snapshot
+        The step.
+    rows : int or None
+        B of this forward, where it is known.
+    positions : int64 tensor (B, T) or (1, T), or None
+        None means 0 .. T-1.
+    visits : list of int
+        How often each site was visited so far.
+    again : bool
+        Whether this is a recomputation.
+    """
+
+    __slots__ = ("again", "causal", "positions", "rows", "snapshot", "visits")
+
+    def __init__(
+        self, snapshot: Snapshot, rows: int | None, positions: torch.Tensor | None, visits: list[int]
+    ) -> None:
+        self.snapshot = snapshot
+        self.rows = rows
+        self.positions = positions
+        self.visits = visits
+        self.again = False
+        self.causal: dict[Any, torch.Tensor] = {}
+
+    def repeated(self, visits: tuple[int, ...]) -> Frame:
+        """Return the frame in which a part of this forward is computed again."""
+        frame = Frame(self.snapshot, self.rows, self.positions, list(visits))
+        frame.again = True
+        return frame
+
+
+def open_frame(snapshot: Snapshot, rows: int | None, sites: int) -> Frame:
+    """Return the frame of a new forward; `rows` are those of its input, where known.
+
+    Raises
+    ------
+    ContractError
+        For a second forward in a step that was entered without examples.
+    ShapeError
+        If the number of examples is not the number of rows.
+    """
+    if snapshot.examples is None:
+        if snapshot.forwards > 0:
+            raise ContractError(
+                "a step without examples is for one forward only, because a second one would get the same masks; "
+                f"enter it with examples={FORMULA}"
+            )
+        snapshot.forwards += 1
+    frame = Frame(snapshot, None, snapshot.positions, [0] * sites)
+    if rows is not None:
+        set_rows(frame, rows)
+    return frame
+
+
+def set_rows(frame: Frame, rows: int) -> None:
+    """Note the number of rows of a forward and hold the examples against it."""
+    examples = frame.snapshot.examples
+    if examples is not None and examples.shape[0] != rows:
+        raise ShapeError(
+            f"examples must have one entry for each row of the forward ({rows}); got {tuple(examples.shape)}; "
+            f"the slots of a micro-batch are {FORMULA}"
+        )
+    frame.rows = rows
+
+
+def site_key(seed: int, site: str, draw: int, visit: int) -> Key:
+    """Return the key of a site: ``Key(seed).child("dropout", site, draw, visit)``."""
+    return Key(seed).child("dropout", site, draw, visit)
