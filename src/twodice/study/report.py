@@ -1,0 +1,356 @@
+"""`report.json` to `report.html`: one self-contained file that asks the network for nothing.
+
+Reads the report and nothing else: the same JSON gives the same bytes, in any process, on a machine without torch. What
+is said of an arm is what the statistics said (`compare.words`); this file only lays it out. All texts, names of arms
+included, are data of others and are escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twodice.errors import DataError
+from twodice.study import charts
+from twodice.study.marks import Piece, marked
+from twodice.study.schema import Arm, Effect, Estimate, Example, Report, read_report
+from twodice.study.svg import DARK, LIGHT, css_variables
+from twodice.study.words import MINUS, counted, interval, listed, number, percent, signed
+
+_PAGE = {  # colours of the page around the pictures; the pictures' own are in `svg`
+    "light": "--page: #f7f8fa; --link: #0a5ca8; --mark-repeat: #ffe2a8; --mark-copied: #a33f78;",
+    "dark": "--page: #0f1217; --link: #7cc0f5; --mark-repeat: #5d4309; --mark-copied: #e38fbf;",
+}
+
+
+class Shown(NamedTuple):
+    """A number and its interval as text."""
+
+    value: str
+    range: str
+
+
+class KeyFigure(NamedTuple):
+    """One of the large figures at the top."""
+
+    name: str
+    value: str
+    unit: str
+    note: str
+
+
+class CrossRow(NamedTuple):
+    """One row of the central table; `spans` where the cells of one model are one, whatever the setting."""
+
+    title: str
+    explained: str
+    cells: tuple[Shown, ...]
+    spans: bool
+    says: str
+
+
+class Corner(NamedTuple):
+    """One example text, cut into pieces that are marked or not."""
+
+    arm: str
+    setting: str
+    pieces: tuple[Piece, ...]
+    note: str
+
+
+class Corners(NamedTuple):
+    """The texts that continue one prompt."""
+
+    prompt: str
+    corners: tuple[Corner, ...]
+
+
+def shown(estimate: Estimate, kind: str = "nats") -> Shown:
+    """An estimate as text."""
+    return Shown(number(estimate.mean, kind), interval(estimate.low, estimate.high, kind))
+
+
+def key_figures(report: Report) -> tuple[KeyFigure, ...]:
+    """The figures at the top: the difference, the gap, what overfitting costs, and what the second die does."""
+    arms = {arm.name: arm for arm in report.arms}
+    baseline, best = arms[report.baseline], arms[report.best]
+    figures = []
+    difference = best.at_best.difference
+    if difference is not None:
+        figures.append(
+            KeyFigure(
+                "loss on unseen text, at the best step",
+                percent(difference.percent.mean),
+                "",
+                f"{_percent_range(difference.percent.low, difference.percent.high)} “{best.name}” against “{baseline.name}”",
+            )
+        )
+    else:
+        figures.append(
+            KeyFigure(
+                "loss on unseen text, at the best step",
+                number(baseline.at_best.validation_nats_per_token.mean),
+                "nats",
+                f"“{baseline.name}”; no arm is shown to lower it",
+            )
+        )
+    gap = baseline.at_end.gap_nats_per_token.mean
+    other = next((a for a in (best, *report.arms) if a.name != report.baseline), None)
+    if other is not None:
+        figures.append(
+            KeyFigure(
+                "generalisation gap at the end",
+                f"{gap:.2f} → {other.at_end.gap_nats_per_token.mean:.2f}".replace("-", MINUS),
+                "nats",
+                f"from “{baseline.name}” to “{other.name}”",
+            )
+        )
+    else:
+        figures.append(KeyFigure("generalisation gap at the end", f"{gap:.2f}", "nats", f"“{baseline.name}”"))
+    figures.append(
+        KeyFigure(
+            "what training too long costs",
+            percent(baseline.overfits_percent),
+            "",
+            f"“{baseline.name}”: its loss at the end against its own best"
+            + ("" if other is None else f"; “{other.name}”: {percent(other.overfits_percent)}"),
+        )
+    )
+    cross = report.cross
+    greedy = None if cross is None else charts.sampling_cell(report, cross.without, cross.greedy)
+    drawn = None if cross is None else charts.sampling_cell(report, cross.without, cross.drawn)
+    if cross is not None and greedy is not None and drawn is not None:
+        figures.append(
+            KeyFigure(
+                "repeated 4-grams in its text",
+                f"{100 * greedy.measures.rep_4.mean:.0f} → {100 * drawn.measures.rep_4.mean:.0f}",
+                "%",
+                f"“{cross.without}”: from {cross.greedy} to {cross.drawn}",
+            )
+        )
+    else:
+        bits = best.at_best.validation_bits_per_byte
+        figures.append(
+            KeyFigure("unseen text costs", f"{bits.mean:.2f}", "bits per byte", f"“{best.name}”, at the best step")
+        )
+    return tuple(figures)
+
+
+def _percent_range(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{signed(low, 'plain1')}, {signed(high, 'plain1')}]"
+
+
+def effect_text(effect: Effect, kind: str) -> str:
+    """``−54.2 points [−55.0, −53.4]``: a difference in the unit of its measure."""
+    if kind == "share":
+        value = f"{signed(100 * effect.mean, 'plain1')} points"
+        bracket = _percent_range(
+            None if effect.low is None else 100 * effect.low, None if effect.high is None else 100 * effect.high
+        )
+    else:
+        unit = {"nats": " nats", "count": " characters"}.get(kind, "")
+        value = signed(effect.mean, kind) + unit
+        bracket = (
+            ""
+            if effect.low is None or effect.high is None
+            else f"[{signed(effect.low, kind)}, {signed(effect.high, kind)}]"
+        )
+    return f"{value} {bracket}".rstrip()
+
+
+def is_clear(effect: Effect) -> bool:
+    """Whether the interval leaves out zero (or there is a difference and no seed-to-seed spread at all)."""
+    return effect.low is not None and effect.high is not None and (effect.low > 0 or effect.high < 0)
+
+
+def cross_sentence(report: Report, measure: str, kind: str) -> str:
+    """One plain sentence: which die moves `measure`, by how much."""
+    found = {e.die: e for e in (report.cross.effects if report.cross is not None else []) if e.measure == measure}
+    training, generation = found.get("training"), found.get("generation")
+    if measure.startswith(("validation_", "gap_")):
+        if training is None:
+            return "Sampling never changes it: it belongs to the model."
+        moved = f"Only the training die can move it: {effect_text(training, kind)}."
+        return moved if is_clear(training) else f"Only the training die could, and it is not shown to: {effect_text(training, kind)}."
+    if generation is None:
+        return ""
+    g = effect_text(generation, kind)
+    if training is None:
+        return f"The generation die moves it: {g}." if is_clear(generation) else f"The generation die is not shown to move it: {g}."
+    t = effect_text(training, kind)
+    if is_clear(generation) and is_clear(training):
+        return f"Both dice move it: generation {g}; training {t}."
+    if is_clear(generation):
+        return f"The generation die moves it: {g}. The training die is not shown to: {t}."
+    if is_clear(training):
+        return f"The training die moves it: {t}. The generation die is not shown to: {g}."
+    return f"Neither die is shown to move it: generation {g}; training {t}."
+
+
+def cross_rows(report: Report) -> tuple[CrossRow, ...]:
+    """The central table: what belongs to the model first, then what is of its text."""
+    cross = report.cross
+    if cross is None:
+        return ()
+    arms = {arm.name: arm for arm in report.arms}
+    models = [arms[name] for name in charts.cross_arms(report)]
+    rows = [
+        CrossRow(title, explained, tuple(shown(getattr(arm.at_best, field)) for arm in models), True,
+                 cross_sentence(report, field, "nats"))
+        for title, explained, field in (
+            ("Loss on unseen text", "nats per token, at the best step", "validation_nats_per_token"),
+            ("Generalisation gap", "loss on unseen text less loss on training text, nats per token",
+             "gap_nats_per_token"),
+        )
+    ]  # fmt: skip
+    for measure in charts.MEASURES:
+        cells = []
+        for arm in models:
+            for setting in (cross.greedy, cross.drawn):
+                cell = charts.sampling_cell(report, arm.name, setting)
+                cells.append(Shown("–", "") if cell is None else shown(getattr(cell.measures, measure.field), measure.kind))
+        says = cross_sentence(report, measure.field, measure.kind)
+        rows.append(CrossRow(measure.title, measure.short, tuple(cells), False, says))
+    return tuple(rows)
+
+
+def example_texts(report: Report, most: int = 3) -> tuple[Corners, ...]:
+    """The example texts by prompt, in the order of the report, at most `most` prompts."""
+    by_prompt: dict[str, list[Example]] = {}
+    for example in report.examples:
+        by_prompt.setdefault(example.prompt, []).append(example)
+    groups = []
+    for prompt, examples in list(by_prompt.items())[:most]:
+        corners = []
+        for example in examples:
+            human = example.setting == "human"
+            start, length = example.copied_from, example.longest_copied_characters
+            copied = (0, 0) if human else (start, start + length)
+            seeds = [] if example.training_seed is None else [f"training seed {example.training_seed}"]
+            if example.sampling_seed is not None:
+                seeds.append(f"sampling seed {example.sampling_seed}")
+            notes = [f"{number(example.rep_4, 'share')} of 4-grams repeat", f"{counted(length, 'character')} copied", *seeds]
+            corners.append(
+                Corner(
+                    "how it really goes on" if human else example.arm,
+                    "held-out text" if human else example.setting,
+                    tuple(marked(example.text, copied)),
+                    "" if human else "; ".join(notes),
+                )
+            )
+        groups.append(Corners(prompt, tuple(corners)))
+    return tuple(groups)
+
+
+def settings_text(arm: Arm) -> str:
+    """What an arm changes, as one would type it."""
+    return arm.text if arm.text else "nothing: all dropout off, the settings below"
+
+
+def style_sheet() -> str:
+    """The page's whole CSS: the palettes of light, dark and print, then the rules."""
+    rules = resources.files("twodice.study").joinpath("report.css").read_text(encoding="utf-8")
+    light, dark = (f"{_PAGE[name]} {css_variables(colours)}" for name, colours in (("light", LIGHT), ("dark", DARK)))
+    paper = light.replace("--page: #f7f8fa;", "--page: #ffffff;")
+    return (
+        f":root {{ color-scheme: light dark; {light} }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f"@media print {{ :root {{ color-scheme: light; {paper} }} }}\n{rules}"
+    )
+
+
+def pictures(report: Report) -> dict[str, Any]:
+    """Every picture of the page as SVG, by its place in the template."""
+    curves = charts.curves_data(report)
+    others = any(arm.at_best.difference is not None for arm in report.arms)
+    # Diversity against what a setting costs: repetition (little of it is good), and the model's own surprise.
+    frontiers = [
+        (name, charts.frontier_data(report, x, "distinct_2"))
+        for name, x in (("frontier-repetition", "rep_4"), ("frontier-surprise", "own_nats_per_token"))
+    ]
+    return {
+        "validation": charts.validation_picture(curves),
+        "arms": [charts.arm_picture(curves, i) for i in range(len(curves.arms))],
+        "forest": {w: charts.forest_picture(charts.forest_data(report, w)) for w in ("best", "end")} if others else {},
+        "gap": {w: charts.gap_picture(charts.gap_data(report, w)) for w in ("best", "end")},
+        "cross": [(panel, charts.cross_picture(panel)) for panel in charts.cross_panels(report)],
+        "frontiers": [(data, charts.frontier_picture(data, name)) for name, data in frontiers if data is not None],
+    }
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    source = resources.files("twodice.study").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=DictLoader({"report.html.j2": source}), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters.update(number=number, signed=signed, percent=percent, shown=shown, listed=listed)
+    environment.globals.update(counted=counted, interval=interval, settings_text=settings_text)
+    return environment
+
+
+def render(report: Report) -> str:
+    """The whole page.
+
+    Returns
+    -------
+    str
+        HTML with no script, no outside address that a browser would fetch, and a content policy that forbids both;
+        the one style sheet is allowed by its digest. A pure function of `report`.
+    """
+    from markupsafe import Markup
+
+    style = style_sheet()
+    digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
+    drawn = pictures(report)
+    numbers = charts.arm_numbers(report)
+    text: str = _environment().get_template("report.html.j2").render(
+        report=report,
+        style=Markup(style),  # ours, and it holds no "<"
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        svg=Markup,  # pictures are escaped by the XML writer that made them
+        pictures=drawn,
+        figures=key_figures(report),
+        rows=cross_rows(report),
+        models=charts.cross_arms(report),
+        texts=example_texts(report),
+        ordered=sorted(report.arms, key=lambda arm: numbers[arm.name]),
+        role={name: charts.arm_role(report, name) for name in numbers},
+        measures=charts.MEASURES,
+        tuned=any(arm.tuned for arm in report.arms),
+    )
+    return text
+
+
+def write_report_html(folder: Path) -> Path:
+    """Make ``report.html`` of `folder` from its ``report.json``, whole or not at all.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    DataError
+        ``report.json`` is missing or malformed, or the folder cannot be written.
+    """
+    page = render(read_report(folder / "report.json"))
+    target = folder / "report.html"
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=folder, delete=False) as file:
+            file.write(page)
+        os.chmod(file.name, 0o644)  # the page is meant to be shown; temporary files are born private
+        os.replace(file.name, target)
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error}") from None
+    return target
