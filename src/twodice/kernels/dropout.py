@@ -16,15 +16,20 @@ import torch
 
 from twodice.errors import ConfigError, ShapeError
 from twodice.kernels import dispatch
-from twodice.kernels.dropout_layout import LAYOUTS, coordinates, sizes
+from twodice.kernels.dropout_layout import LAYOUTS, coordinates, sizes, strides
 from twodice.kernels.dropout_reference import dropout_reference
 from twodice.random.draws import BOUNDS, ONE, check_bound, check_bounds
 from twodice.random.keys import Key, key_bits
 
 __all__ = ["LAYOUTS", "dropout"]
 
+_native = dispatch.native
 _SIGN = 1 << 63
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_NO_STRIDES = (0, 0, 0, 0)
+_NOTHING: tuple[int, tuple[int, int], torch.Tensor | None] = (0, (0, 0), None)
+# From this size of the result on, it is written past the caches, which it would only empty.
+_STREAM_BYTES = 16 << 20
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -151,6 +156,10 @@ def _forward(
         raise ConfigError(f"a threshold must be in [0, {ONE}]; got {threshold}")
     if isinstance(step, int) and not 0 <= step < BOUNDS["step"]:
         check_bound("step", step)
+    if x.is_cpu and _native is not None:
+        return _native_forward(
+            x, residual, threshold, key, step, examples, positions, key_positions, layout
+        )
     where = coordinates(x, layout, examples, positions, key_positions)
     if x.is_cpu:
         for name, values in where.given():
@@ -158,6 +167,72 @@ def _forward(
         dispatch.say_once_when_slow()
     out = torch.empty_like(x)
     return out.copy_(dropout_reference(x, threshold, key, step, where, layout, residual))
+
+
+def _native_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    threshold: Any,
+    key: int,
+    step: Any,
+    examples: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    shape = sizes(x, layout)
+    y = torch.empty_like(x)
+    if threshold == ONE:
+        # 65536 does not fit the kernel's 16 bits; nothing is kept, and a sum with +0 is the residual but for -0.
+        return y.zero_() if residual is None else torch.add(residual, 0.0, out=y)
+    into, out_of = strides(y, layout), strides(x, layout)
+    over = _NO_STRIDES if residual is None else strides(residual, layout)
+    if into is None or out_of is None or over is None:
+        # Only bchw with axes that do not join; a plain copy has one stride for h and w.
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        return _native_forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
+    example = position = column = _NOTHING
+    if examples is not None or positions is not None or key_positions is not None or layout == "nc":
+        where = coordinates(x, layout, examples, positions, key_positions)
+        if examples is not None:
+            example = _address(where.example[:, 0])
+        if positions is not None:
+            position = _address(where.position[:, 0])
+        if where.column is not None:
+            column = _address(where.column[:, 0, 0])
+    served = _native.dropout(
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        _CODES[x.dtype],
+        shape,
+        out_of,
+        into,
+        over,
+        example[0],
+        example[1],
+        position[0],
+        position[1],
+        column[0],
+        column[1],
+        key,
+        step,
+        threshold,
+        torch.get_num_threads(),
+        _STREAM_BYTES // x.element_size(),
+    )
+    if not served:
+        for name, values in coordinates(x, layout, examples, positions, key_positions).given():
+            check_bounds(name, values)
+    return y
+
+
+def _address(values: torch.Tensor) -> tuple[int, tuple[int, int], torch.Tensor]:
+    """Where a (rows, columns) coordinate lies, its strides (0 where it is one value), and what keeps it alive."""
+    values = values.to(torch.int64)
+    rows, columns = values.shape
+    down, along = values.stride()
+    return values.data_ptr(), (down if rows > 1 else 0, along if columns > 1 else 0), values
 
 
 @torch.library.custom_op("twodice::dropout", mutates_args=())

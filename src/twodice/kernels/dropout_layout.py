@@ -1,14 +1,14 @@
 """What the axes of a tensor mean to dropout, and the coordinates that follow.
 
-Every layout is brought to one form, (B, H, T, C): each (row, head, position) has one example, position and head, and
-the columns run along C. This module knows neither Philox nor gradients.
+Every layout is brought to one form, (B, H, T, C): each (row, head, position) has one example, position and head,
+and the columns run along C. This module knows neither Philox nor gradients.
 
 Letters: B rows, H heads, T positions, C columns, S keys, N rows of a flattened batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +16,8 @@ import torch
 from twodice.errors import ConfigError, ShapeError, nearest
 from twodice.random.draws import BOUNDS, check_bound
 
-_TO_CANONICAL: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "btc": (3, lambda x: x[:, None]),
-    "tbc": (3, lambda x: x.transpose(0, 1)[:, None]),
-    "bc": (2, lambda x: x[:, None, None]),
-    "nc": (2, lambda x: x[:, None, None]),
-    "bhts": (4, lambda x: x),
-    "bct": (3, lambda x: x.transpose(1, 2)[:, None]),
-    "bchw": (4, lambda x: x.flatten(2).transpose(1, 2)[:, None]),
-}
-LAYOUTS = tuple(_TO_CANONICAL)
+_DIMENSIONS = {"btc": 3, "tbc": 3, "bc": 2, "nc": 2, "bhts": 4, "bct": 3, "bchw": 4}
+LAYOUTS = tuple(_DIMENSIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +42,12 @@ class Coordinates:
 
 def sizes(x: torch.Tensor, layout: str) -> tuple[int, int, int, int]:
     """Return (B, H, T, C) of a tensor with that layout, or raise the error that names both."""
-    if layout not in _TO_CANONICAL:
+    if layout not in _DIMENSIONS:
         raise ConfigError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}{nearest(layout, LAYOUTS)}")
     shape = tuple(x.shape)
-    if len(shape) != _TO_CANONICAL[layout][0]:
+    if len(shape) != _DIMENSIONS[layout]:
         raise ShapeError(
-            f"layout {layout!r} needs {_TO_CANONICAL[layout][0]} dimensions; got shape {shape}; name another layout"
+            f"layout {layout!r} needs {_DIMENSIONS[layout]} dimensions; got shape {shape}; name another layout"
         )
     if layout == "btc":
         found = shape[0], 1, shape[1], shape[2]
@@ -76,9 +68,20 @@ def sizes(x: torch.Tensor, layout: str) -> tuple[int, int, int, int]:
     return found
 
 
-def canonical(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """Return `x` as (B, H, T, C): a view wherever the strides allow one."""
-    return _TO_CANONICAL[layout][1](x)
+def strides(x: torch.Tensor, layout: str) -> tuple[int, int, int, int] | None:
+    """Return the strides of (B, H, T, C), or None where ``bchw`` does not join to positions with one stride."""
+    d = x.stride()
+    if layout == "btc":
+        return d[0], 0, d[1], d[2]
+    if layout == "bhts":
+        return d[0], d[1], d[2], d[3]
+    if layout == "tbc":
+        return d[1], 0, d[0], d[2]
+    if layout == "bct":
+        return d[0], 0, d[2], d[1]
+    if layout == "bchw":
+        return (d[0], 0, d[3], d[1]) if x.shape[2] == 1 or d[2] == x.shape[3] * d[3] else None
+    return d[0], 0, 0, d[1]
 
 
 def from_canonical(full: torch.Tensor, layout: str, shape: torch.Size) -> torch.Tensor:
