@@ -95,7 +95,7 @@ class MarkovSource:
         return np.asarray(1 + counts + (ranks < missing[:, None]), dtype=np.int64)
 
     def entropy_nats(self) -> float:
-        """Entropy rate in nats a symbol (a byte): entropies of the rows, weighted by the stationary shares."""
+        """Entropy rate in nats a symbol (a byte): entropy of each row, by the stationary shares."""
         probabilities = self.counts().astype(np.float64) / _PARTS
         states = len(probabilities)
         stationary = np.full(states, 1 / states)

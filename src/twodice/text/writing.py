@@ -35,10 +35,6 @@ def settings_of(
     if tokenizer is None:
         tokenizer = "bytes" if corpus.entropy_nats_per_byte is not None else "bpe"
     tokenizer = str(tokenizer)
-    if vocabulary is not None and tokenizer != "bpe":
-        raise ConfigError(
-            f"vocabulary is a setting of tokenizer 'bpe'; got {vocabulary} with tokenizer {tokenizer!r}"
-        )
     if train_bytes is not None and share is not None:
         raise ConfigError(f"give train_bytes or share, not both; got {train_bytes} and {share}")
     if share is not None and not 0 < share <= 1:
@@ -46,10 +42,21 @@ def settings_of(
     texts = hashlib.blake2b(digest_size=16)
     for document in corpus.documents:
         texts.update(document.full_digest)
-    inside = tokenizer
-    if tokenizer not in ("bpe", "bytes"):
+    inside, there = tokenizer, None
+    if tokenizer == "bytes":
+        there = bytes_tokenizer().vocabulary
+    elif tokenizer != "bpe":
         # The tokenizer's content counts, not where it lies.
-        inside = "folder " + hashlib.sha256(load_tokenizer(tokenizer).to_json().encode("utf-8")).hexdigest()
+        loaded = load_tokenizer(tokenizer)
+        inside, there = "folder " + hashlib.sha256(loaded.to_json().encode("utf-8")).hexdigest(), loaded.vocabulary
+    if there is not None and vocabulary is not None:
+        # A resolved configuration names the vocabulary that it found: that is no wish.
+        if vocabulary != there:
+            raise ConfigError(
+                f"vocabulary is a setting of tokenizer 'bpe'; got {vocabulary} with tokenizer {tokenizer!r}, "
+                f"which has {there}: leave it away"
+            )
+        vocabulary = None
     return {
         "format": FORMAT,
         "texts": texts.hexdigest(),
