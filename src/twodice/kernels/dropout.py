@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from twodice.errors import ConfigError, ShapeError
+from twodice.errors import ConfigError, ContractError, ShapeError
 from twodice.kernels import dispatch
 from twodice.kernels.dropout_layout import LAYOUTS, coordinates, sizes, strides
 from twodice.kernels.dropout_reference import dropout_reference
@@ -44,6 +44,7 @@ def dropout(
     key_positions: torch.Tensor | None = None,
     layout: str = "btc",
     residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `x` with units dropped, and `residual` added where one is given.
 
@@ -67,6 +68,8 @@ def dropout(
         What the axes mean; ``bc`` has position 0, ``bchw`` position h * W + w, ``bhts`` head h.
     residual : tensor, optional
         Of the shape and dtype of `x`; the sum is rounded after the product, as in ``residual + dropout(x)``.
+    out : tensor, optional
+        Where the result is written, for eager calls that need no gradient; `x` itself is allowed.
 
     Returns
     -------
@@ -87,6 +90,8 @@ def dropout(
     """
     bits = key.seed if isinstance(key, Key) else key_bits(key)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        if out is not None:
+            raise ContractError("out= serves eager calls only; leave it out in compiled code")
         return _through_operation(
             x, threshold, bits, step, examples, positions, key_positions, layout, residual
         )
@@ -94,10 +99,12 @@ def dropout(
         # Values now: a schedule's tensor may be changed in place before the backward pass reads it.
         threshold, step = int(threshold), int(step)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        if out is not None:
+            raise ContractError("out= serves calls that need no gradient; leave it out or use torch.no_grad()")
         return _Dropout.apply(  # type: ignore[no-any-return]
             x, residual, threshold, bits, step, examples, positions, key_positions, layout
         )
-    return _forward(x, residual, threshold, bits, step, examples, positions, key_positions, layout)
+    return _forward(x, residual, threshold, bits, step, examples, positions, key_positions, layout, out)
 
 
 class _Dropout(torch.autograd.Function):
@@ -142,31 +149,37 @@ def _forward(
     positions: torch.Tensor | None,
     key_positions: torch.Tensor | None,
     layout: str,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if x.dtype not in _CODES:
         raise ShapeError(f"dropout serves float32, float64, bfloat16 and float16; got {x.dtype}; cast it first")
-    if residual is not None and (
-        residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device
-    ):
-        raise ShapeError(
-            f"the residual must have the shape, dtype and device of x ({tuple(x.shape)}, {x.dtype}, {x.device}); "
-            f"got {tuple(residual.shape)}, {residual.dtype}, {residual.device}"
-        )
+    if residual is not None:
+        _check_like("residual", residual, x)
+    if out is not None:
+        _check_like("out", out, x)
     if isinstance(threshold, int) and not 0 <= threshold <= ONE:
         raise ConfigError(f"a threshold must be in [0, {ONE}]; got {threshold}")
     if isinstance(step, int) and not 0 <= step < BOUNDS["step"]:
         check_bound("step", step)
     if x.is_cpu and _native is not None:
         return _native_forward(
-            x, residual, threshold, key, step, examples, positions, key_positions, layout
+            x, residual, threshold, key, step, examples, positions, key_positions, layout, out
         )
     where = coordinates(x, layout, examples, positions, key_positions)
     if x.is_cpu:
         for name, values in where.given():
             check_bounds(name, values)
         dispatch.say_once_when_slow()
-    out = torch.empty_like(x)
-    return out.copy_(dropout_reference(x, threshold, key, step, where, layout, residual))
+    y = torch.empty_like(x) if out is None else out
+    return y.copy_(dropout_reference(x, threshold, key, step, where, layout, residual))
+
+
+def _check_like(name: str, other: torch.Tensor, x: torch.Tensor) -> None:
+    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+        raise ShapeError(
+            f"{name} must have the shape, dtype and device of x ({tuple(x.shape)}, {x.dtype}, {x.device}); "
+            f"got {tuple(other.shape)}, {other.dtype}, {other.device}"
+        )
 
 
 def _native_forward(
@@ -179,9 +192,10 @@ def _native_forward(
     positions: torch.Tensor | None,
     key_positions: torch.Tensor | None,
     layout: str,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     shape = sizes(x, layout)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     if threshold == ONE:
         # 65536 does not fit the kernel's 16 bits; nothing is kept, and a sum with +0 is the residual but for -0.
         return y.zero_() if residual is None else torch.add(residual, 0.0, out=y)
@@ -190,7 +204,9 @@ def _native_forward(
     if into is None or out_of is None or over is None:
         # Only bchw with axes that do not join; a plain copy has one stride for h and w.
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-        return _native_forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
+        return y.copy_(
+            _native_forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
+        )
     example = position = column = _NOTHING
     if examples is not None or positions is not None or key_positions is not None or layout == "nc":
         where = coordinates(x, layout, examples, positions, key_positions)
