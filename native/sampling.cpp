@@ -1,3 +1,200 @@
-// Token sampling.
+// Token sampling: the threads over the rows, the choice of instruction set, the binding. The chain on one row is in
+// sampling_row.hpp; the readable twin in src/twodice/kernels/sampling.py.
 #include <nanobind/nanobind.h>
-void bind_sampling(nanobind::module_&) {}
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "noise.hpp"
+#include "threads.hpp"
+
+namespace nb = nanobind;
+
+namespace twodice {
+namespace {
+
+constexpr int64_t kBlock = 128;  // values a block maximum stands for
+
+enum Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum Status : int { kOk = 0, kNan = 1, kInfinite = 2, kEmpty = 3 };
+enum Need : int {
+    kNeedLogprob = 1,
+    kNeedRaw = 2,
+    kNeedTemperature = 4,
+    kNeedRank = 8,
+    kNeedKept = 16,
+    kNeedMass = 32,
+    kNeedEntropy = 64,
+};
+
+struct Settings {  // ROW in kernels/sampling.py
+    double temperature, top_p, log_min_p;
+    int64_t top_k;
+    uint64_t key;
+    float penalty;
+    int32_t has_allowed;
+    int64_t bias_begin, bias_end, allowed_begin, allowed_end;
+};
+static_assert(sizeof(Settings) == 80, "as packed by numpy");
+
+struct Logits {
+    const char* data;
+    int type;
+    int64_t rows, vocabulary, row_bytes, column_stride;
+};
+
+struct Job {
+    const Settings* settings;
+    bool one_setting;
+    const int64_t *bias_ids, *allowed_ids;
+    const float* bias_values;
+    const uint64_t* keys;
+    bool one_key;
+    const int64_t *position, *completion, *history_ids, *history_offsets;
+    int need;
+};
+
+struct Result {
+    int64_t token = -1, rank = -1;
+    double logprob = NAN, raw = NAN, temperature = NAN, mass = NAN, entropy = NAN;
+    std::vector<int64_t> kept;
+};
+
+// Buffers that a thread keeps between rows and calls, so that no page is touched for the first time in a hot call.
+template <class F, class K>
+struct Buffers {
+    std::vector<F> values, maxima, copy, raw;
+    std::vector<K> keys;
+};
+
+struct Scratch {
+    Buffers<float, uint64_t> narrow;
+    Buffers<double, unsigned __int128> wide;
+    std::vector<uint64_t> seen;
+
+    template <class F>
+    auto& buffers() {
+        if constexpr (sizeof(F) == 4)
+            return narrow;
+        else
+            return wide;
+    }
+    template <class F>
+    std::vector<F>& values() { return buffers<F>().values; }
+    template <class F>
+    std::vector<F>& maxima() { return buffers<F>().maxima; }
+    template <class F>
+    std::vector<F>& copy() { return buffers<F>().copy; }
+    template <class F>
+    std::vector<F>& raw() { return buffers<F>().raw; }
+    template <class K>
+    std::vector<K>& keys() {
+        if constexpr (sizeof(K) == 8)
+            return narrow.keys;
+        else
+            return wide.keys;
+    }
+};
+
+namespace portable {
+#include "sampling_row.hpp"
+}
+
+#if TWODICE_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,bmi,bmi2,popcnt,lzcnt")
+#define TWODICE_LEVEL_AVX2 1
+namespace avx2 {
+#include "sampling_row.hpp"
+}
+#undef TWODICE_LEVEL_AVX2
+#pragma GCC pop_options
+#endif
+
+int run_row(const Logits& in, const Job& job, Scratch& scratch, int64_t row, Result& out) {
+#if TWODICE_X86
+    if (simd_level().load(std::memory_order_relaxed) >= Simd::avx2) return avx2::run_row(in, job, scratch, row, out);
+#endif
+    return portable::run_row(in, job, scratch, row, out);
+}
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// All arrays come as addresses; the caller (kernels/sampling.py) has checked shapes, types and bounds and keeps them
+// alive. Returns the number of bad rows, or with the kept sets (bad rows, ids one row behind the other).
+nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, int64_t row_bytes, int64_t column_stride,
+                  nb::tuple settings, int64_t setting_count, uintptr_t keys, int64_t key_count, uintptr_t position,
+                  uintptr_t completion, uintptr_t history_ids, uintptr_t history_offsets, int need, uintptr_t integers,
+                  uintptr_t status, uintptr_t floats, uintptr_t kept_offsets, int threads) {
+    const Logits in{at<const char>(data), type, rows, vocabulary, row_bytes, column_stride};
+    const Job job{at<const Settings>(nb::cast<uintptr_t>(settings[0])),
+                  setting_count == 1,
+                  at<const int64_t>(nb::cast<uintptr_t>(settings[1])),
+                  at<const int64_t>(nb::cast<uintptr_t>(settings[3])),
+                  at<const float>(nb::cast<uintptr_t>(settings[2])),
+                  at<const uint64_t>(keys),
+                  key_count == 1,
+                  at<const int64_t>(position),
+                  at<const int64_t>(completion),
+                  at<const int64_t>(history_ids),
+                  at<const int64_t>(history_offsets),
+                  need};
+    int64_t* const tokens = at<int64_t>(integers);
+    int32_t* const statuses = at<int32_t>(status);
+    double* const numbers = at<double>(floats);
+    std::vector<std::vector<int64_t>> kept((need & kNeedKept) ? static_cast<size_t>(rows) : 0);
+    std::atomic<int64_t> bad{0};
+    std::atomic<bool> failed{false};
+    auto body = [&](int64_t begin, int64_t end) {
+        thread_local Scratch scratch;
+        try {
+            for (int64_t row = begin; row < end; ++row) {
+                Result out;
+                const int found = run_row(in, job, scratch, row, out);
+                if (found != kOk) bad.fetch_add(1, std::memory_order_relaxed);
+                statuses[row] = found;
+                tokens[row] = out.token;
+                if (need & kNeedRank) tokens[rows + row] = out.rank;
+                if (need & ~(kNeedRank | kNeedKept)) {
+                    numbers[row] = out.logprob;
+                    numbers[rows + row] = out.raw;
+                    numbers[2 * rows + row] = out.temperature;
+                    numbers[3 * rows + row] = out.mass;
+                    numbers[4 * rows + row] = out.entropy;
+                }
+                if (need & kNeedKept) kept[row] = std::move(out.kept);
+            }
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+    };
+    {
+        nb::gil_scoped_release release;
+        // Below some 10^5 values a second thread costs more than it saves.
+        const int64_t grain = std::max<int64_t>(1, 131072 / vocabulary);
+        parallel_for(rows, grain, threads, body);
+    }
+    if (failed) throw std::bad_alloc();
+    if (!(need & kNeedKept)) return nb::int_(bad.load());
+    int64_t* const offsets = at<int64_t>(kept_offsets);
+    std::vector<int64_t> flat;
+    offsets[0] = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        flat.insert(flat.end(), kept[row].begin(), kept[row].end());
+        offsets[row + 1] = static_cast<int64_t>(flat.size());
+    }
+    return nb::make_tuple(bad.load(), nb::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * 8));
+}
+
+}  // namespace
+}  // namespace twodice
+
+void bind_sampling(nb::module_& m) { m.def("sample", &twodice::sample); }

@@ -85,7 +85,8 @@ class Settings:
             bias_at += len(pairs)
             allowed_at += count
         bias_ids = np.array([t for pairs in bias for t, _ in pairs], np.int64)
-        bias_values = np.array([v for pairs in bias for _, v in pairs], np.float32)
+        with np.errstate(over="ignore"):  # -1e300 bans like -inf
+            bias_values = np.array([v for pairs in bias for _, v in pairs], np.float64).astype(np.float32)
         allowed_ids = np.array([t for ids in allowed for t in (ids or ())], np.int64)
         highest = max([int(a.max()) for a in (bias_ids, allowed_ids) if a.size], default=-1)
         pointers = tuple(a.ctypes.data for a in (table, bias_ids, bias_values, allowed_ids))
@@ -245,18 +246,90 @@ def reference(
     return out
 
 
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_BITS = {name: 1 << i for i, name in enumerate(
+    ("logprob", "raw_logprob", "temperature_logprob", "rank", "kept", "kept_mass", "entropy")
+)}  # fmt: skip
+_FLOATS = ("logprob", "raw_logprob", "temperature_logprob", "kept_mass", "entropy")
+
+
+def native(
+    logits: Tensor,
+    settings: Settings,
+    keys: npt.NDArray[np.uint64],
+    position: Tensor,
+    completion: Tensor,
+    history: tuple[Tensor, Tensor] | None = None,
+    need: Sequence[str] = (),
+    threads: int | None = None,
+) -> tuple[Chosen, int]:
+    """The same chain in C++, without Python's lock, rows shared out to threads; returns also the number of bad rows.
+
+    Arguments as for `reference`, on the CPU and checked by the caller; `keys` has one entry a row, or one for all.
+    """
+    rows, vocabulary = logits.shape
+    row_stride, column_stride = logits.stride()
+    bits = 0
+    for name in need:
+        bits |= _BITS[name]
+    ranked = "rank" in need
+    integers = torch.empty((2 if ranked else 1, rows), dtype=torch.int64)
+    status = torch.empty(rows, dtype=torch.int32)
+    with_floats = bits & ~(_BITS["rank"] | _BITS["kept"])
+    floats = torch.empty((len(_FLOATS), rows), dtype=torch.float64) if with_floats else None
+    offsets = torch.empty(rows + 1, dtype=torch.int64) if "kept" in need else None
+    found = dispatch.native.sample(
+        logits.data_ptr(),
+        _TYPES[logits.dtype],
+        rows,
+        vocabulary,
+        row_stride * logits.element_size(),
+        column_stride,
+        settings.pointers,
+        len(settings.rows),
+        keys.ctypes.data,
+        len(keys),
+        position.data_ptr(),
+        completion.data_ptr(),
+        0 if history is None else history[0].data_ptr(),
+        0 if history is None else history[1].data_ptr(),
+        bits,
+        integers.data_ptr(),
+        status.data_ptr(),
+        0 if floats is None else floats.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
+        torch.get_num_threads() if threads is None else threads,
+    )
+    out = Chosen(integers[0], status)
+    if ranked:
+        out.rank = integers[1]
+    if floats is not None:
+        for name, values in zip(_FLOATS, floats, strict=True):
+            if name in need:
+                setattr(out, name, values)
+    if offsets is None:
+        return out, found
+    bad, flat = found
+    out.kept = (offsets, torch.from_numpy(np.frombuffer(flat, np.int64).copy()))
+    return out, bad
+
+
 def choose(
     logits: Tensor,
     settings: Settings,
-    keys: Any,
+    keys: npt.NDArray[np.uint64],
     position: Tensor,
     completion: Tensor,
     history: tuple[Tensor, Tensor] | None,
     need: Sequence[str],
-) -> Chosen:
-    """Run the fastest kernel that serves these logits."""
+) -> tuple[Chosen, int | None]:
+    """Run the fastest kernel that serves these logits; the number of bad rows is None where nobody has counted."""
+    if dispatch.native is not None and logits.device.type == "cpu" and logits.dtype in _TYPES:
+        return native(logits, settings, keys, position, completion, history, need)
     dispatch.say_once_when_slow()
     device = logits.device
     moved = None if history is None else (history[0].to(device), history[1].to(device))
     key_tensor = torch.from_numpy(keys.view(np.int64)).to(device).expand(logits.shape[0])
-    return reference(logits, settings, key_tensor, position.to(device), completion.to(device), moved, need)
+    return reference(
+        logits, settings, key_tensor, position.to(device), completion.to(device), moved, need
+    ), None

@@ -65,10 +65,10 @@ FIELDS: dict[str, Field] = {
               "keep the shortest run of most probable tokens whose mass reaches p; 0 keeps one, 1 is off", "top_p", 1.0),
         Field("min_p", float, 0, 1, False, False, 0.0,
               "keep tokens at least this many times as probable as the most probable; 0 is off", "min_p", 0.0),
-        Field("repetition_penalty", float, 0, INF, True, True, 1.0,
+        Field("repetition_penalty", float, 1e-6, 1e6, False, False, 1.0,
               "tokens that are in the sequence, prompt included: positive logits are divided by it, others multiplied",
               "repetition_penalty", 1.0),
-        Field("logit_bias", float, -INF, INF, False, True, None,
+        Field("logit_bias", float, -INF, 1e30, False, False, None,
               "a number that is added to the logit of each token id named; -inf bans it", None, None),
         Field("allowed_tokens", int, 0, 2**32, False, True, None,
               "the only token ids that may be drawn; None allows all", None, None),
@@ -141,10 +141,10 @@ class SamplingParams:
     min_p : float or None
         In [0, 1]; tokens with at least min_p times the probability of the first. None and 0 are off. Nguyen et al. 2024.
     repetition_penalty : float or None
-        In (0, inf); tokens of the history (prompt and text alike): positive logits divided, others multiplied. None
+        In [1e-6, 1e6]; tokens of the history (prompt and text alike): positive logits divided, others multiplied. None
         and 1 are off. Keskar et al. 2019 (CTRL); for negative logits as transformers does, not as the paper does.
     logit_bias : mapping of int to float, or None
-        Added to the logits before everything else, in [-inf, inf). Kept as sorted pairs.
+        Added to the logits before everything else, in [-inf, 1e30]. Kept as sorted pairs.
     allowed_tokens : iterable of int, or None
         The only ids that may be drawn; at least one. Kept sorted, each once.
     seed : int or None

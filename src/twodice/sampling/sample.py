@@ -244,9 +244,9 @@ def sample(
     past = _history(history, rows, vocabulary) if history is not None and packed.settings.penalised else None
     seeds, keys = _seed_rows(packed, rows)
     where, which = _coordinate(position, rows, "position"), _coordinate(completion, rows, "completion")
-    chosen = kernel.choose(logits, packed.settings, keys, where, which, past, need)
+    chosen, bad = kernel.choose(logits, packed.settings, keys, where, which, past, need)
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
-    if policy == "raise":
+    if policy == "raise" and (bad is None or bad > 0):
         _raise_on_bad(chosen)
     return Sampled(
         chosen.tokens,
