@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from twodice.dropout.attach import attach
 from twodice.dropout.plan import DropoutPlan
 from twodice.errors import ConfigError, TwodiceError
 from twodice.random.keys import Key
@@ -133,8 +134,6 @@ class TrainingStep:
         plan = DropoutPlan.parse(config.dropout)
         # A model without dropout is left untouched: no site is asked in any forward.
         if plan != DropoutPlan.parse("none"):
-            from twodice.dropout.attach import attach
-
             self.handle = attach(model, plan, config.seed, total_steps=config.steps)
 
     def rate(self, step: int) -> float:
