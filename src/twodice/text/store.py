@@ -8,6 +8,7 @@ read it. This module knows nothing of models; n windows, context positions.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from twodice.errors import ConfigError, DataError, nearest
 from twodice.random.keys import Key
 from twodice.text.documents import Corpus
 from twodice.text.manifest import MANIFEST, check_file, map_file, read_manifest
-from twodice.text.split import SPLITS
+from twodice.text.split import SHARES, SPLITS
 from twodice.text.tokenizer import TextTokenizer, from_json
 from twodice.text.writing import settings_of, write_store
 
@@ -412,18 +413,19 @@ def _check_windows(store: TokenStore, context: int) -> None:
                 "give more records, or a longer context"
             )
         total = sum(part.num_bytes for part in store.splits.values())
-        kept = split.num_tokens
-        needed = round(total * (context + 1) / kept * 1.2) + 1 if kept else None
-        remedy = (
-            f"about {needed:,} bytes of text would do"
-            if needed is not None
-            else "its documents or blocks are nearly all copies of one another, give more text"
-        )
+        tokens = sum(part.num_tokens for part in store.splits.values())
+        # Half as much again as the share of a validation part says: documents do not divide evenly.
+        needed = math.ceil(1.5 * (context + 1) * total / tokens / SHARES[1])
+        remedy = f"about {needed:,} bytes of text would do"
+        if needed <= total:
+            remedy = (
+                "its documents or blocks are too uneven or copies of one another: give more text that differs"
+            )
         shorter = min(max(0, part.num_tokens - 1) for part in store.splits.values())
         raise DataError(
             f"every split must hold at least one window of {context + 1} tokens "
             f"(context {context} and the one after); "
-            f"{what} holds {kept} from {split.num_bytes:,} of {total:,} bytes: {remedy}"
+            f"{what} holds {split.num_tokens} from {split.num_bytes:,} of {total:,} bytes: {remedy}"
             + (f", or a context of at most {shorter}" if shorter else "")
         )
 

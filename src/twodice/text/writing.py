@@ -48,7 +48,10 @@ def settings_of(
     elif tokenizer != "bpe":
         # The tokenizer's content counts, not where it lies.
         loaded = load_tokenizer(tokenizer)
-        inside, there = "folder " + hashlib.sha256(loaded.to_json().encode("utf-8")).hexdigest(), loaded.vocabulary
+        inside, there = (
+            "folder " + hashlib.sha256(loaded.to_json().encode("utf-8")).hexdigest(),
+            loaded.vocabulary,
+        )
     if there is not None and vocabulary is not None:
         # A resolved configuration names the vocabulary that it found: that is no wish.
         if vocabulary != there:

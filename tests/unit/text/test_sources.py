@@ -45,7 +45,7 @@ def test_a_file_that_is_named_is_read_whatever_its_ending(tmp_path: Path) -> Non
     assert load_documents([str(tmp_path / "notes.xyz")]).documents[0].text == "hello"
 
 
-def test_byte_order_mark_is_dropped_and_crlf_becomes_lf_and_both_are_said(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf_are_changed_and_said(tmp_path: Path) -> None:
     file = tmp_path / "windows.txt"
     file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\nthree\rfour")
     corpus = load_documents([file])
@@ -66,7 +66,9 @@ def test_byte_order_mark_is_dropped_and_crlf_becomes_lf_and_both_are_said(tmp_pa
         (b"cut short \xe2\x82", "byte 10 (line 1) is 0xe2"),
     ],
 )
-def test_a_file_that_is_no_text_is_refused_by_name_and_place(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_file_that_is_no_text_is_refused_by_name_and_place(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
     file = tmp_path / "bad.txt"
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -143,7 +145,9 @@ def jsonl(tmp_path: Path, *lines: object) -> Path:
 
 
 def test_jsonl_takes_the_field_that_is_asked_for(tmp_path: Path) -> None:
-    file = jsonl(tmp_path, {"text": "a", "body": "x"}, "", {"text": "", "body": "y"}, {"text": "c\r\nd", "body": "z"})
+    file = jsonl(
+        tmp_path, {"text": "a", "body": "x"}, "", {"text": "", "body": "y"}, {"text": "c\r\nd", "body": "z"}
+    )
     corpus = load_documents([file])
     assert [document.text for document in corpus.documents] == ["a", "c\nd"]
     assert any("1 records with empty text" in notice for notice in corpus.notices)
@@ -192,7 +196,10 @@ USER = {"role": "user", "content": "Hi"}
         ({"messages": [USER]}, "at least one of the assistant"),
         ({"messages": [{"role": "user"}]}, "message 1 must be an object with role and content"),
         ({"messages": [{"role": "asistant", "content": "x"}]}, "did you mean 'assistant'?"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2: content must be text; got null"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            "message 2: content must be text; got null",
+        ),
         ({"prompt": "a", "completion": "b"}, "either plain text or prompts with completions"),
     ],
 )

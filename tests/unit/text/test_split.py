@@ -43,7 +43,9 @@ def test_shares_are_about_as_asked_for_documents_of_all_sizes() -> None:
 def test_the_split_is_a_function_of_key_and_text_not_of_names_or_order() -> None:
     texts = [f"document number {i} " * (i % 7 + 1) for i in range(50)]
     one = split_corpus(Corpus.from_texts(texts), Key(3))
-    again = split_corpus(Corpus(tuple(Document(f"x{i}", t.encode()) for i, t in enumerate(texts[::-1]))), Key(3))
+    again = split_corpus(
+        Corpus(tuple(Document(f"x{i}", t.encode()) for i, t in enumerate(texts[::-1]))), Key(3)
+    )
     other = split_corpus(Corpus.from_texts(texts), Key(4))
     sides = [{name: {d.data for d in split.parts[name]} for name in SPLITS} for split in (one, again, other)]
     assert sides[0] == sides[1] != sides[2]

@@ -160,10 +160,10 @@ def test_a_tokenizer_that_draws_is_made_to_decide(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'bpe', 'bytes' or a folder that holds tokenizer.json"):
+    with pytest.raises(DataError, match=r"'bpe', 'bytes' or a folder that holds tokenizer\.json"):
         load_tokenizer("bpee")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="must be a tokenizer.json that the tokenizers library reads"):
+    with pytest.raises(DataError, match=r"must be a tokenizer\.json that the tokenizers library reads"):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="must hold an end-of-document token"):
         load_tokenizer(folder_with(tmp_path, words()))
