@@ -28,8 +28,8 @@ def test_a_folder_is_read_recursively_in_order_and_what_is_left_out_is_said(tmp_
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
     for name, text in (
-        ("b/two.md", "two"), ("one.txt", "one"), ("three.py", "3"), (".hidden.txt", "no"), (".git/x.txt", "no"),
-        ("picture.png", "no"), ("b/empty.txt", ""), ("rows.jsonl", '{"text": "four"}\n'),
+        ("b/two.md", "two"), ("one.txt", "one"), ("three.py", "3"), (".hidden.txt", "no"),
+        (".git/x.txt", "no"), ("picture.png", "no"), ("b/empty.txt", ""), ("rows.jsonl", '{"text": "four"}\n'),
     ):  # fmt: skip
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "again").symlink_to(tmp_path / "b")

@@ -97,8 +97,9 @@ def test_the_same_inputs_find_the_store_and_nothing_is_encoded_again(
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"vocabulary": 301}, "vocabulary 300 there, 301 wanted"), ({"key": Key(12)}, "key"), ({"share": 0.5}, "share"),
-     ({"tokenizer": "bytes", "vocabulary": None}, "tokenizer 'bpe' there, 'bytes' wanted"), ({"texts": 1}, "texts")],
+    [({"vocabulary": 301}, "vocabulary 300 there, 301 wanted"), ({"key": Key(12)}, "key"),
+     ({"tokenizer": "bytes", "vocabulary": None}, "tokenizer 'bpe' there, 'bytes' wanted"),
+     ({"share": 0.5}, "share"), ({"texts": 1}, "texts")],
 )  # fmt: skip
 def test_other_inputs_are_an_error_that_names_them(plain: TokenStore, change: dict, word: str) -> None:
     settings = {"vocabulary": 300, "context": 16, "key": KEY, "out": plain.path} | change
