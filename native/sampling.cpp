@@ -55,7 +55,9 @@ struct Job {
     const float* bias_values;
     const uint64_t* keys;
     bool one_key;
-    const int64_t *position, *completion, *history_ids, *history_offsets;
+    const int64_t *positions, *completions;  // or null: then the one for all rows
+    int64_t one_position, one_completion;
+    const int64_t *history_ids, *history_offsets;
     int need;
 };
 
@@ -131,9 +133,10 @@ T* at(uintptr_t address) {
 // All arrays come as addresses; the caller (kernels/sampling.py) has checked shapes, types and bounds and keeps them
 // alive. Returns the number of bad rows, or with the kept sets (bad rows, ids one row behind the other).
 nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, int64_t row_bytes, int64_t column_stride,
-                  nb::tuple settings, int64_t setting_count, uintptr_t keys, int64_t key_count, uintptr_t position,
-                  uintptr_t completion, uintptr_t history_ids, uintptr_t history_offsets, int need, uintptr_t integers,
-                  uintptr_t status, uintptr_t floats, uintptr_t kept_offsets, int threads) {
+                  nb::tuple settings, int64_t setting_count, uintptr_t keys, int64_t key_count, uintptr_t positions,
+                  int64_t position, uintptr_t completions, int64_t completion, uintptr_t history_ids,
+                  uintptr_t history_offsets, int need, uintptr_t token, uintptr_t rank, uintptr_t status,
+                  uintptr_t floats, uintptr_t kept_offsets, int threads) {
     const Logits in{at<const char>(data), type, rows, vocabulary, row_bytes, column_stride};
     const Job job{at<const Settings>(nb::cast<uintptr_t>(settings[0])),
                   setting_count == 1,
@@ -142,12 +145,15 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
                   at<const float>(nb::cast<uintptr_t>(settings[2])),
                   at<const uint64_t>(keys),
                   key_count == 1,
-                  at<const int64_t>(position),
-                  at<const int64_t>(completion),
+                  at<const int64_t>(positions),
+                  at<const int64_t>(completions),
+                  position,
+                  completion,
                   at<const int64_t>(history_ids),
                   at<const int64_t>(history_offsets),
                   need};
-    int64_t* const tokens = at<int64_t>(integers);
+    int64_t* const tokens = at<int64_t>(token);
+    int64_t* const ranks = at<int64_t>(rank);
     int32_t* const statuses = at<int32_t>(status);
     double* const numbers = at<double>(floats);
     std::vector<std::vector<int64_t>> kept((need & kNeedKept) ? static_cast<size_t>(rows) : 0);
@@ -162,7 +168,7 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
                 if (found != kOk) bad.fetch_add(1, std::memory_order_relaxed);
                 statuses[row] = found;
                 tokens[row] = out.token;
-                if (need & kNeedRank) tokens[rows + row] = out.rank;
+                if (need & kNeedRank) ranks[row] = out.rank;
                 if (need & ~(kNeedRank | kNeedKept)) {
                     numbers[row] = out.logprob;
                     numbers[rows + row] = out.raw;

@@ -143,8 +143,9 @@ class Chain {
         if (set.top_k > 0 && set.top_k < n_) top_k(set.top_k);
         if (set.top_p < 1.0) top_p(set.top_p);
         min_p(set.log_min_p);
-        const Place at{job_.keys[job_.one_key ? 0 : row], static_cast<uint32_t>(job_.position[row]),
-                       static_cast<uint32_t>(job_.completion[row]), 0};
+        const Place at{job_.keys[job_.one_key ? 0 : row], 
+                       static_cast<uint32_t>(job_.positions ? job_.positions[row] : job_.one_position),
+                       static_cast<uint32_t>(job_.completions ? job_.completions[row] : job_.one_completion), 0};
         finish(row, have_list_ ? draw_list(at) : draw_all(at), false, out);
         return kOk;
     }

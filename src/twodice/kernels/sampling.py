@@ -95,14 +95,36 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Chosen:
-    """What a kernel returns for R rows; the fields that were not asked for are None.
+class Sampled:
+    """What is returned for R rows; a field that was not asked for is None.
 
-    `tokens` is -1 where `status` is not OK; floats are NaN and ranks -1 there, and nothing is kept.
+    Attributes
+    ----------
+    tokens : (R,) int64 tensor
+        The token of each row; -1 where `status` is not OK.
+    status : (R,) int32 tensor
+        `Status`: 0 OK, 1 NAN, 2 INFINITE (+inf among the logits), 3 EMPTY (nothing left to draw).
+    seeds : tuple of int
+        The seed of each row, given or made; with it the row can be had again. (Empty from the kernels, which know keys.)
+    logprob : (R,) float64 tensor, nats
+        Log-probability of the token after the whole chain.
+    raw_logprob : (R,) float64 tensor, nats
+        The model's own: under the softmax of the logits as they came.
+    temperature_logprob : (R,) float64 tensor, nats
+        After bias, penalty and temperature, before any filter.
+    rank : (R,) int64 tensor
+        Tokens that stand before it in order of logit (after bias and penalty), then id: 0 is the most probable.
+    kept : (offsets, ids)
+        Row i kept ``ids[offsets[i]:offsets[i + 1]]``, in order of rank.
+    kept_mass : (R,) float64 tensor
+        What the filters left of the distribution after temperature, in (0, 1].
+    entropy : (R,) float64 tensor, nats
+        Of the final distribution, from which the token was drawn.
     """
 
     tokens: Tensor
     status: Tensor
+    seeds: tuple[int, ...] = ()
     logprob: Tensor | None = None
     raw_logprob: Tensor | None = None
     temperature_logprob: Tensor | None = None
@@ -158,7 +180,7 @@ def reference(
     history: tuple[Tensor, Tensor] | None = None,
     need: Sequence[str] = (),
     purpose: int = noise.PURPOSE_TOKEN,
-) -> Chosen:
+) -> Sampled:
     """The chain in plain torch; every backend gives the same tokens, statuses, ranks and kept sets.
 
     Parameters
@@ -214,7 +236,7 @@ def reference(
     winners = torch.where(kept & (score == best), ids, vocabulary)
     tokens = winners.min(1).values
     drawn = (ids == tokens[:, None]).to(torch.int64).argmax(1, keepdim=True)
-    out = Chosen(torch.where(ok, tokens, -1), status.to(torch.int32))
+    out = Sampled(torch.where(ok, tokens, -1), status.to(torch.int32))
 
     nan = torch.nan
     if "rank" in need:
@@ -246,63 +268,75 @@ def reference(
     return out
 
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float64: (3, 8)}
+_WORTH_A_THREAD = 131072  # values; below, a second thread costs more than it saves
 _BITS = {name: 1 << i for i, name in enumerate(
     ("logprob", "raw_logprob", "temperature_logprob", "rank", "kept", "kept_mass", "entropy")
 )}  # fmt: skip
 _FLOATS = ("logprob", "raw_logprob", "temperature_logprob", "kept_mass", "entropy")
 
 
+def _address(array: npt.NDArray[Any]) -> int:
+    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+
 def native(
     logits: Tensor,
     settings: Settings,
     keys: npt.NDArray[np.uint64],
-    position: Tensor,
-    completion: Tensor,
+    position: int | Tensor,
+    completion: int | Tensor,
     history: tuple[Tensor, Tensor] | None = None,
     need: Sequence[str] = (),
     threads: int | None = None,
-) -> tuple[Chosen, int]:
+) -> tuple[Sampled, int]:
     """The same chain in C++, without Python's lock, rows shared out to threads; returns also the number of bad rows.
 
     Arguments as for `reference`, on the CPU and checked by the caller; `keys` has one entry a row, or one for all.
     """
     rows, vocabulary = logits.shape
     row_stride, column_stride = logits.stride()
+    kind, size = _TYPES[logits.dtype]
+    if threads is None:  # one row has one thread; asking torch for its number costs microseconds
+        threads = torch.get_num_threads() if rows * vocabulary > _WORTH_A_THREAD and rows > 1 else 1
+    one_position, one_completion = isinstance(position, int), isinstance(completion, int)
     bits = 0
     for name in need:
         bits |= _BITS[name]
     ranked = "rank" in need
-    integers = torch.empty((2 if ranked else 1, rows), dtype=torch.int64)
+    tokens = torch.empty(rows, dtype=torch.int64)
+    rank = torch.empty(rows, dtype=torch.int64) if ranked else None
     status = torch.empty(rows, dtype=torch.int32)
     with_floats = bits & ~(_BITS["rank"] | _BITS["kept"])
     floats = torch.empty((len(_FLOATS), rows), dtype=torch.float64) if with_floats else None
     offsets = torch.empty(rows + 1, dtype=torch.int64) if "kept" in need else None
     found = dispatch.native.sample(
         logits.data_ptr(),
-        _TYPES[logits.dtype],
+        kind,
         rows,
         vocabulary,
-        row_stride * logits.element_size(),
+        row_stride * size,
         column_stride,
         settings.pointers,
         len(settings.rows),
-        keys.ctypes.data,
+        _address(keys),
         len(keys),
-        position.data_ptr(),
-        completion.data_ptr(),
+        0 if one_position else position.data_ptr(),
+        position if one_position else 0,
+        0 if one_completion else completion.data_ptr(),
+        completion if one_completion else 0,
         0 if history is None else history[0].data_ptr(),
         0 if history is None else history[1].data_ptr(),
         bits,
-        integers.data_ptr(),
+        tokens.data_ptr(),
+        0 if rank is None else rank.data_ptr(),
         status.data_ptr(),
         0 if floats is None else floats.data_ptr(),
         0 if offsets is None else offsets.data_ptr(),
-        torch.get_num_threads() if threads is None else threads,
+        threads,
     )
-    out = Chosen(integers[0], status)
-    if ranked:
-        out.rank = integers[1]
+    out = Sampled(tokens, status)
+    out.rank = rank
     if floats is not None:
         for name, values in zip(_FLOATS, floats, strict=True):
             if name in need:
@@ -318,11 +352,11 @@ def choose(
     logits: Tensor,
     settings: Settings,
     keys: npt.NDArray[np.uint64],
-    position: Tensor,
-    completion: Tensor,
+    position: int | Tensor,
+    completion: int | Tensor,
     history: tuple[Tensor, Tensor] | None,
     need: Sequence[str],
-) -> tuple[Chosen, int | None]:
+) -> tuple[Sampled, int | None]:
     """Run the fastest kernel that serves these logits; the number of bad rows is None where nobody has counted."""
     if dispatch.native is not None and logits.device.type == "cpu" and logits.dtype in _TYPES:
         return native(logits, settings, keys, position, completion, history, need)

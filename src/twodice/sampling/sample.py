@@ -20,53 +20,13 @@ from torch import Tensor
 
 from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
-from twodice.kernels.sampling import NEEDS, Chosen, Settings, Status
+from twodice.kernels.sampling import NEEDS, Sampled, Settings, Status
 from twodice.random import noise
 from twodice.random.keys import Key
 from twodice.sampling.params import SamplingParams
 
 SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
 History = tuple[Any, Any, Any] | tuple[Any, Any]
-
-
-@dataclass(slots=True)
-class Sampled:
-    """What `sample` returns for R rows; a field that was not asked for is None.
-
-    Attributes
-    ----------
-    tokens : (R,) int64 tensor
-        The token of each row; -1 where `status` is not OK.
-    status : (R,) int32 tensor
-        `Status`: 0 OK, 1 NAN, 2 INFINITE (+inf among the logits), 3 EMPTY (nothing left to draw).
-    seeds : tuple of int
-        The seed of each row, given or made; with it the row can be had again.
-    logprob : (R,) float64 tensor, nats
-        Log-probability of the token after the whole chain.
-    raw_logprob : (R,) float64 tensor, nats
-        The model's own: under the softmax of the logits as they came.
-    temperature_logprob : (R,) float64 tensor, nats
-        After bias, penalty and temperature, before any filter.
-    rank : (R,) int64 tensor
-        Tokens that stand before it in order of logit (after bias and penalty), then id: 0 is the most probable.
-    kept : (offsets, ids)
-        Row i kept ``ids[offsets[i]:offsets[i + 1]]``, in order of rank.
-    kept_mass : (R,) float64 tensor
-        What the filters left of the distribution after temperature, in (0, 1].
-    entropy : (R,) float64 tensor, nats
-        Of the final distribution, from which the token was drawn.
-    """
-
-    tokens: Tensor
-    status: Tensor
-    seeds: tuple[int, ...]
-    logprob: Tensor | None = None
-    raw_logprob: Tensor | None = None
-    temperature_logprob: Tensor | None = None
-    rank: Tensor | None = None
-    kept: tuple[Tensor, Tensor] | None = None
-    kept_mass: Tensor | None = None
-    entropy: Tensor | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -109,23 +69,22 @@ def pack(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
     return Packed(settings, seeds, None not in seeds, keys)
 
 
-def _coordinate(value: Any, rows: int, name: str) -> Tensor:
-    """An integer, or one a row, as (R,) int64; bounds are checked here, on the host."""
+def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
+    """An integer as it is, one a row as (R,) int64 on the CPU; bounds are checked here, on the host."""
     if isinstance(value, int) and not isinstance(value, bool):
-        found = torch.full((rows,), value, dtype=torch.int64) if -(2**63) <= value < 2**63 else None
-    else:
-        found = torch.as_tensor(value)
-        if found.dtype.is_floating_point or found.dtype == torch.bool or found.dtype.is_complex:
-            raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
-        found = found.to(torch.int64)
-        if found.ndim == 0:
-            found = found.expand(rows)
-        if found.shape != (rows,):
-            raise ShapeError(
-                f"{name} must be an integer or one a row, ({rows},); got shape {tuple(found.shape)}"
-            )
-    if found is None or (rows and (int(found.min()) < 0 or int(found.max()) >= 2**32)):
-        raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
+        if not 0 <= value < 2**32:
+            raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
+        return value
+    found = torch.as_tensor(value)
+    if found.dtype.is_floating_point or found.dtype == torch.bool or found.dtype.is_complex:
+        raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
+    if found.ndim == 0:
+        return _coordinate(int(found), rows, name)
+    if found.shape != (rows,):
+        raise ShapeError(f"{name} must be an integer or one a row, ({rows},); got shape {tuple(found.shape)}")
+    found = found.to("cpu", torch.int64).contiguous()
+    if rows and (int(found.min()) < 0 or int(found.max()) >= 2**32):
+        raise RequestError(f"{name} must be in [0, 2^32); got {int(found.min())} to {int(found.max())}")
     return found
 
 
@@ -248,18 +207,8 @@ def sample(
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
     if policy == "raise" and (bad is None or bad > 0):
         _raise_on_bad(chosen)
-    return Sampled(
-        chosen.tokens,
-        chosen.status,
-        seeds,
-        chosen.logprob,
-        chosen.raw_logprob,
-        chosen.temperature_logprob,
-        chosen.rank,
-        chosen.kept,
-        chosen.kept_mass,
-        chosen.entropy,
-    )
+    chosen.seeds = seeds
+    return chosen
 
 
 _WORDS = {
@@ -269,7 +218,7 @@ _WORDS = {
 }
 
 
-def _raise_on_bad(chosen: Chosen) -> None:
+def _raise_on_bad(chosen: Sampled) -> None:
     if not bool(chosen.status.any()):
         return
     bad = chosen.status.nonzero()[:, 0].tolist()
