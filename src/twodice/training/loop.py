@@ -7,6 +7,7 @@ here: what happens is told to `on_event`. Does not know the command line, nor ho
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -115,8 +116,8 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        with run_folder.only_one_in(out), generator_set_aside(device):
-            return _run(config, store, out, device, tell, stop, final, export)
+        with run_folder.only_one_in(out), generator_set_aside(device), contextlib.ExitStack() as ends:
+            return _run(config, store, out, device, tell, stop, final, export, ends)
     finally:
         torch.set_num_threads(threads_before)
 
@@ -130,6 +131,7 @@ def _run(
     stop: Callable[[], bool],
     final: bool,
     export: bool,
+    ends: contextlib.ExitStack,
 ) -> TrainResult:
     # ---- what is to be done: settled and written down before the first step, or read back
     # --------------------------
@@ -154,6 +156,7 @@ def _run(
     model.to(device).train()
     arithmetic = make_arithmetic(device, config.dtype)
     do_step = TrainingStep(config, store, model, device, arithmetic)
+    ends.callback(do_step.close)
     windows = FixedWindows(store, config.context, config.evaluation.windows)
 
     # ---- the state: that of step 0, or of the newest whole checkpoint
@@ -162,6 +165,7 @@ def _run(
     state = _newest(folder, out / run_folder.METRICS, tell)
     step = 0 if state is None else int(state["step"])
     log = MetricsLog(out / run_folder.METRICS, None if state is None else state["metrics"])
+    ends.callback(log.close)
     best = Best.from_records(log.records)
     if state is not None:
         path = disk.checkpoint_path(folder, step)
@@ -199,6 +203,7 @@ def _run(
                 losses = evaluate(model, windows, rows=rows, device=device, arithmetic=arithmetic, stop=stop)
                 record = {"kind": "evaluation", "step": step, **losses}
                 log.write(record)
+                saved_step = -1  # a checkpoint that a stop has made of this step does not know the evaluation
                 is_better = best.see(record)
                 if is_better:
                     kept = {
@@ -230,12 +235,10 @@ def _run(
         raise Interrupted(
             f"at step {step} of {config.steps}; the same command goes on from there ({out})"
         ) from None
-    finally:
-        log.close()
-        do_step.close()
 
     # ---- the model's folder, and the mark that all is done
     # ---------------------------------------------------------
+    ends.close()
     if export:
         _export(model, store, out, config, config.steps if final else best.step, tell)
     else:
