@@ -8,10 +8,13 @@ read it. This module knows nothing of models; n windows, context positions.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +34,7 @@ from twodice.text.tokenizer import TextTokenizer, from_json
 from twodice.text.writing import settings_of, write_store
 
 TOKENIZER = "tokenizer.json"
+_FRESH = 60.0  # seconds
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -357,18 +361,40 @@ def prepare(
                 f"{folder} must be empty or a token store; it holds other files: choose another folder"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         side = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        held = os.open(side, os.O_RDONLY)
         try:
+            fcntl.flock(held, fcntl.LOCK_EX)
             write_store(side, corpus, settings, key, tokenizer)
             _check_windows(TokenStore.open(side, verify=False), context)
             side.chmod(0o777 & ~_umask())
             _rename(side, folder)
         finally:
+            os.close(held)
             shutil.rmtree(side, ignore_errors=True)
         store = TokenStore.open(folder, verify=False)
         _check_same(folder, store.manifest["settings"], settings)
     _check_windows(store, context)
     return store
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left beside `folder`: an unfinished store that nobody holds any more."""
+    for side in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+        try:
+            if time.time() - side.stat().st_mtime < _FRESH:
+                continue  # perhaps made and not yet locked
+            held = os.open(side, os.O_RDONLY)
+        except OSError:
+            continue  # another process was faster
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(side, ignore_errors=True)
+        except OSError:
+            pass  # in use
+        finally:
+            os.close(held)
 
 
 def _rename(side: Path, folder: Path) -> None:

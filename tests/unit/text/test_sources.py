@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pyarrow
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twodice.errors import ConfigError, DataError
-from twodice.text.corpora import check_utf8, load_documents
+from twodice.text.corpora import TEXT_SUFFIXES, check_utf8, load_documents
 
 
 def test_python_docs_are_the_topics_in_order_of_their_names() -> None:
@@ -29,7 +30,8 @@ def test_a_folder_is_read_recursively_in_order_and_what_is_left_out_is_said(tmp_
     (tmp_path / ".git").mkdir()
     for name, text in (
         ("b/two.md", "two"), ("one.txt", "one"), ("three.py", "3"), (".hidden.txt", "no"),
-        (".git/x.txt", "no"), ("picture.png", "no"), ("b/empty.txt", ""), ("rows.jsonl", '{"text": "four"}\n'),
+        (".git/x.txt", "no"), ("picture.png", "no"),
+        ("b/empty.txt", ""), ("rows.jsonl", '{"text": "four"}\n'),
     ):  # fmt: skip
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "again").symlink_to(tmp_path / "b")
@@ -240,6 +242,21 @@ def test_a_file_that_only_calls_itself_parquet_is_refused(tmp_path: Path) -> Non
     file.write_bytes(b"PAR1 but not really")
     with pytest.raises(DataError, match=r"rows.parquet must be a readable Parquet file"):
         load_documents([file])
+
+
+def test_the_page_on_data_says_what_the_source_does() -> None:
+    from twodice.text.markov import MarkovSource
+    from twodice.text.tokenizer import BYTES_PER_ENTRY, LARGEST_VOCABULARY, SMALLEST_VOCABULARY
+
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    listed = " ".join(
+        page.split("these endings are read as text:")[1].split(".\nHidden")[0].replace("`", "").split()
+    )
+    assert set(listed.split()) == TEXT_SUFFIXES
+    defaults = re.search(r"`(markov:[^`]*order=\d)`", page)
+    assert defaults is not None and MarkovSource.parse(defaults[1]) == MarkovSource()
+    rule = f"at least {BYTES_PER_ENTRY} bytes of training text for each entry, between {SMALLEST_VOCABULARY}"
+    assert f"{rule}\nand {LARGEST_VOCABULARY:,}" in page
 
 
 def test_the_text_floor_never_imports_torch() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,6 +134,20 @@ def test_a_store_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="No space"):
         prepare(PLAIN, vocabulary=300, context=16, key=KEY, out=tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path: Path) -> None:
+    left, used, fresh = (tmp_path / f".s-{name}" for name in ("left", "used", "fresh"))
+    for side in (left, used, fresh):
+        side.mkdir()
+        (side / "train.tokens.bin").write_bytes(b"half")
+        if side is not fresh:
+            os.utime(side, (0, 0))
+    held = os.open(used, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    prepare(PLAIN, tokenizer="bytes", context=16, key=KEY, out=tmp_path / "s")
+    os.close(held)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".s-fresh", ".s-used", "s"]
 
 
 def test_many_who_prepare_at_once_get_one_store(tmp_path: Path) -> None:
