@@ -84,7 +84,7 @@ class ForestRow(NamedTuple):
 
 
 class ForestData(NamedTuple):
-    """The rows of one forest plot; `when` is ``best`` or ``end``; both plots share `limits`."""
+    """The rows of one forest plot; `when` is ``best`` or ``end``; `limits` always hold zero."""
 
     when: str
     rows: tuple[ForestRow, ...]
@@ -203,14 +203,14 @@ def _band(steps: Sequence[int], estimates: Sequence[Estimate]) -> Band:
 
 
 def _settled(band: Band) -> list[float]:
-    """The values of a curve after the first tenth of the run, with their intervals: what an axis must show whole."""
+    """The values of a curve after the first fifth of the run, with their intervals: what an axis must show whole."""
     last = band.steps[-1] if band.steps else 0
-    kept = [i for i, step in enumerate(band.steps) if step >= 0.1 * last]
+    kept = [i for i, step in enumerate(band.steps) if step >= 0.2 * last]
     return [v for i in kept for v in (band.mean[i], band.low[i], band.high[i]) if v is not None]
 
 
 def curves_data(report: Report) -> CurvesData:
-    """Losses over the steps. The axes show all that lies after the first tenth of the run whole."""
+    """Losses over the steps. The axes show all that lies after the first fifth of the run whole."""
     numbers = arm_numbers(report)
     arms = []
     for arm in report.arms:
@@ -257,13 +257,8 @@ def forest_data(report: Report, when: str) -> ForestData:
                     values=tuple(difference.values),
                 )
             )
-    # Both plots share one axis: a difference that looks larger is larger.
-    all_values: list[float | None] = []
-    for arm in report.arms:
-        for difference in (arm.at_best.difference, arm.at_end.difference):
-            if difference is not None:
-                all_values += [difference.mean, difference.low, difference.high, *difference.values]
-    return ForestData(when, tuple(rows), drawing.limits(all_values, include=[0.0]))
+    values = [v for row in rows for v in (row.mean, row.low, row.high, *row.values)]
+    return ForestData(when, tuple(rows), drawing.limits(values, include=[0.0]))
 
 
 def gap_data(report: Report, when: str) -> GapData:
@@ -378,7 +373,7 @@ def frontier_data(report: Report, x: str = "rep_4", y: str = "distinct_2") -> Fr
 def validation_picture(data: CurvesData, theme: Theme = CSS_THEME) -> str:
     """All arms' validation loss."""
     with drawing.canvas(*drawing.PANEL, theme) as figure:
-        drawn = drawing.draw_validation_curves(drawing.axes_in(figure, (34, 34, 112, 42)), data, theme)
+        drawn = drawing.draw_validation_curves(drawing.axes_in(figure, (38, 34, 118, 44)), data, theme)
         return svg_of(
             figure,
             name="validation",
@@ -396,7 +391,7 @@ def arm_picture(data: CurvesData, position: int) -> str:
     """Train and validation loss of the arm at `position` in `data`."""
     arm = data.arms[position]
     with drawing.canvas(*drawing.PANEL, CSS_THEME) as figure:
-        drawn = drawing.draw_arm_curves(drawing.axes_in(figure, (34, 50, 72, 42)), data, position, CSS_THEME)
+        drawn = drawing.draw_arm_curves(drawing.axes_in(figure, (38, 34, 82, 44)), data, position, CSS_THEME)
         return svg_of(
             figure,
             name=f"curves-{arm.index}",
@@ -411,7 +406,7 @@ def forest_picture(data: ForestData) -> str:
     """Paired differences at one moment."""
     height = drawing.forest_height(len(data.rows))
     with drawing.canvas(drawing.PANEL[0], height, CSS_THEME) as figure:
-        drawn = drawing.draw_forest(drawing.axes_in(figure, (14, 26, 14, 46)), data, CSS_THEME)
+        drawn = drawing.draw_forest(drawing.axes_in(figure, (14, 28, 108, 48)), data, CSS_THEME)
         return svg_of(
             figure,
             name=f"forest-{data.when}",
@@ -429,7 +424,7 @@ def gap_picture(data: GapData) -> str:
     """Train loss, validation loss and the gap at one moment."""
     height = drawing.gap_height(len(data.rows))
     with drawing.canvas(drawing.PANEL[0], height, CSS_THEME) as figure:
-        drawn = drawing.draw_gap(drawing.axes_in(figure, (14, 12, 14, 46)), data, CSS_THEME)
+        drawn = drawing.draw_gap(drawing.axes_in(figure, (14, 12, 14, 48)), data, CSS_THEME)
         return svg_of(
             figure,
             name=f"gap-{data.when}",
@@ -444,8 +439,8 @@ def gap_picture(data: GapData) -> str:
 
 def cross_picture(panel: CrossPanel) -> str:
     """One measure of the cross."""
-    with drawing.canvas(200, 190, CSS_THEME) as figure:
-        drawn = drawing.draw_cross(drawing.axes_in(figure, (40, 12, 6, 26)), panel, CSS_THEME)
+    with drawing.canvas(200, 180, CSS_THEME) as figure:
+        drawn = drawing.draw_cross(drawing.axes_in(figure, (40, 10, 4, 28)), panel, CSS_THEME)
         return svg_of(
             figure,
             name=f"cross-{panel.measure.replace('_', '-')}",
@@ -461,8 +456,8 @@ def cross_picture(panel: CrossPanel) -> str:
 
 def frontier_picture(data: FrontierData, name: str) -> str:
     """One pair of measures, all settings."""
-    with drawing.canvas(drawing.PANEL[0], 360, CSS_THEME) as figure:
-        drawn = drawing.draw_frontier(drawing.axes_in(figure, (44, 34, 28, 46)), data, CSS_THEME)
+    with drawing.canvas(drawing.PANEL[0], 350, CSS_THEME) as figure:
+        drawn = drawing.draw_frontier(drawing.axes_in(figure, (46, 34, 28, 48)), data, CSS_THEME)
         return svg_of(
             figure,
             name=name,
@@ -487,7 +482,7 @@ def central_picture(report: Report, theme: Theme = LIGHT_THEME) -> bytes:
         titles = ["Validation loss", f"Difference to “{report.baseline}” {WHEN['best']}", "What sampling does to the text"]
         for column in range(columns):
             left = column * width
-            box = (left + 40, head + 34, (columns - column - 1) * width + (118, 24, 34)[column], 46)
+            box = (left + 40, head + 34, (columns - column - 1) * width + (126, 116, 34)[column], 46)
             ax = drawing.axes_in(figure, box)
             if column == 0:
                 drawing.draw_validation_curves(ax, curves_data(report), theme)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from twodice.study.charts import ArmCurves, Band, CrossPanel, CurvesData, ForestData, FrontierData, GapData
 
 Drawn = dict[str, dict[str, Any]]
-PANEL = (440.0, 330.0)  # a panel in CSS pixels: two stand side by side on a wide page, one alone on a telephone
+PANEL = (400.0, 310.0)  # a panel in CSS pixels: two stand side by side on a wide page, one alone on a telephone
 
 
 @contextmanager
@@ -56,7 +56,8 @@ def arm_role(arm: int, *, is_baseline: bool) -> str:
 
 def shortened(text: str, length: int) -> str:
     """`text` in at most `length` characters; the page's tables give it in full."""
-    flat = " ".join(text.split())
+    # What cannot be printed (control characters, lone halves of a pair) cannot stand in a picture either.
+    flat = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return flat if len(flat) <= length else flat[: length - 1].rstrip() + "…"
 
 
@@ -90,7 +91,7 @@ def _quiet(ax: Axes, theme: Theme, *, grid: str | None = "y") -> None:
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     ax.spines["bottom"].set_color(theme["rule"])
-    ax.tick_params(length=0, labelsize=11, colors=theme["soft"], pad=5)
+    ax.tick_params(length=0, labelsize=12.5, colors=theme["soft"], pad=5)
     if grid is not None:
         ax.grid(True, axis=grid, color=theme["grid"], linewidth=1)
         ax.set_axisbelow(True)
@@ -99,7 +100,7 @@ def _quiet(ax: Axes, theme: Theme, *, grid: str | None = "y") -> None:
 def _corner_label(ax: Axes, text: str, theme: Theme, *, rise: float = 12) -> None:
     """The unit of the vertical axis, above it and level: nobody should tilt the head to read."""
     ax.annotate(text, (0, 1), xycoords="axes fraction", xytext=(0, rise), textcoords="offset points", ha="left",
-                va="bottom", fontsize=11, color=theme["soft"], annotation_clip=False)  # fmt: skip
+                va="bottom", fontsize=12.5, color=theme["soft"], annotation_clip=False)  # fmt: skip
 
 
 def _few_ticks(ax: Axes, *, x: int | None = None, y: int | None = None) -> None:
@@ -133,7 +134,7 @@ def _best_dot(ax: Axes, arm: ArmCurves, colour: str, gid: str, theme: Theme) -> 
     if arm.best_step is None or arm.best_value is None:
         return {}
     (dot,) = ax.plot([arm.best_step], [arm.best_value], "o", color=colour, markersize=7.5,
-                     markeredgecolor=theme["surface"], markeredgewidth=1.6, zorder=5)  # fmt: skip
+                     markeredgecolor=theme["surface"], markeredgewidth=1.6, zorder=5, clip_on=False)  # fmt: skip
     dot.set_gid(gid)
     tip = f"{arm.name}: lowest at step {arm.best_step}, {number(arm.best_value)} nats per token"
     return {gid: {"step": arm.best_step, "value": arm.best_value, "tip": tip}}
@@ -156,17 +157,17 @@ def draw_validation_curves(ax: Axes, data: CurvesData, theme: Theme) -> Drawn:
     low, high = data.validation_limits
     height = ax.get_position().height * 72 * ax.figure.get_size_inches()[1]
     for arm, role, end, place in zip(
-        data.arms, roles, ends, spread(ends, 15 * (high - low) / height, low, high), strict=True
+        data.arms, roles, ends, spread(ends, 17 * (high - low) / height, low, high), strict=True
     ):
-        ax.annotate(shortened(arm.name, 17), (data.last_step, min(max(end, low), high)), xycoords="data",
+        ax.annotate(shortened(arm.name, 15), (data.last_step, min(max(end, low), high)), xycoords="data",
                     xytext=(1.03, (place - low) / (high - low)), textcoords="axes fraction", va="center", ha="left",
-                    fontsize=11.5, fontweight="bold", color=theme[role], annotation_clip=False,
+                    fontsize=13, fontweight="bold", color=theme[role], annotation_clip=False,
                     arrowprops={"arrowstyle": "-", "color": theme[role], "linewidth": 0.8, "shrinkA": 1, "shrinkB": 2,
                                 "relpos": (0, 0.5)})  # fmt: skip
     _few_ticks(ax, x=5, y=6)
     _minus_ticks(ax)
     _corner_label(ax, "validation loss, nats per token", theme)
-    ax.set_xlabel("step", fontsize=11, color=theme["soft"], labelpad=4)
+    ax.set_xlabel("step", fontsize=12.5, color=theme["soft"], labelpad=4)
     return drawn
 
 
@@ -181,6 +182,8 @@ def draw_arm_curves(ax: Axes, data: CurvesData, index: int, theme: Theme) -> Dra
     if base is not None and not arm.is_baseline:
         for band, dashes in ((base.train, (4, 2.2)), (base.validation, (None, None))):
             ax.plot(list(band.steps), list(band.mean), color=theme["arm-0"], linewidth=1.1, alpha=0.75, dashes=dashes)
+    ax.fill_between(list(arm.train.steps), list(arm.train.mean), list(arm.validation.mean), color=colour, alpha=0.08,
+                    linewidth=0)  # fmt: skip
     drawn = _band(ax, arm.validation, colour, f"arm{arm.index}-validation", dashed=False, width=2.2)
     drawn |= _band(ax, arm.train, colour, f"arm{arm.index}-train", dashed=True, width=1.8)
     drawn |= _best_dot(ax, arm, colour, f"arm{arm.index}-best", theme)
@@ -188,22 +191,20 @@ def draw_arm_curves(ax: Axes, data: CurvesData, index: int, theme: Theme) -> Dra
     height = ax.get_position().height * 72 * ax.figure.get_size_inches()[1]
     ends = [arm.validation.mean[-1], arm.train.mean[-1]]
     for text, weight, end in zip(
-        ("validation", "train"), ("bold", "normal"), spread(ends, 15 * (high - low) / height, low, high), strict=True
+        ("validation", "train"), ("bold", "normal"), spread(ends, 17 * (high - low) / height, low, high), strict=True
     ):
         ax.annotate(text, (1.02, (end - low) / (high - low)), xycoords="axes fraction", va="center", ha="left",
-                    fontsize=11.5, fontweight=weight, color=colour, annotation_clip=False)  # fmt: skip
-    ax.annotate(shortened(arm.name, 44), (0, 1), xycoords="axes fraction", xytext=(0, 26), textcoords="offset points",
-                ha="left", va="bottom", fontsize=13, fontweight="bold", color=colour, annotation_clip=False)  # fmt: skip
+                    fontsize=13, fontweight=weight, color=colour, annotation_clip=False)  # fmt: skip
     _few_ticks(ax, x=4, y=5)
     _minus_ticks(ax)
-    _corner_label(ax, "nats per token", theme, rise=9)
-    ax.set_xlabel("step", fontsize=11, color=theme["soft"], labelpad=4)
+    _corner_label(ax, "loss, nats per token", theme)
+    ax.set_xlabel("step", fontsize=12.5, color=theme["soft"], labelpad=4)
     return drawn
 
 
 def forest_height(rows: int) -> float:
     """CSS pixels that a forest plot with `rows` rows needs."""
-    return 84.0 + 62.0 * max(rows, 1)
+    return 88.0 + 66.0 * max(rows, 1)
 
 
 def draw_forest(ax: Axes, data: ForestData, theme: Theme) -> Drawn:
@@ -237,32 +238,34 @@ def draw_forest(ax: Axes, data: ForestData, theme: Theme) -> Drawn:
         mean.set_gid(f"{gid}-mean")
         drawn[f"{gid}-mean"] = {"mean": row.mean}
         role = {"helps": "good", "hurts": "bad"}.get(row.verdict, "soft")
-        for x, side, text, weight, paint in (
-            (0.0, "left", shortened(row.name, 25), "bold", colour),
-            (1.0, "right", f"{row.verdict}  {percent(row.percent)}", "normal", theme[role]),
+        for anchor, rise, text, paint, box in (
+            ((0.0, place - 0.24), 0, shortened(row.name, 34), colour, True),
+            ((1.0, place), 8, row.verdict, theme[role], False),
+            ((1.0, place), -8, percent(row.percent), theme["ink"], False),
         ):
-            ax.annotate(text, (x, place - 0.24), xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=12.5,
-                        fontweight=weight, color=paint, annotation_clip=False,
-                        bbox={"boxstyle": "square,pad=0.12", "facecolor": theme["surface"], "edgecolor": "none"},
-                        zorder=6)  # fmt: skip
+            ax.annotate(text, anchor, xycoords=("axes fraction", "data"), xytext=(0 if box else 12, rise),
+                        textcoords="offset points", ha="left", va="bottom" if box else "center", fontsize=13.5,
+                        fontweight="bold", color=paint, annotation_clip=False, zorder=6,
+                        bbox={"boxstyle": "square,pad=0.1", "facecolor": theme["surface"], "edgecolor": "none"}
+                        if box else None)  # fmt: skip
     _few_ticks(ax, x=5)
     _minus_ticks(ax)
     low, high = data.limits
-    ax.set_xlabel("difference to the baseline, nats per token", fontsize=11, color=theme["soft"], labelpad=5)
+    ax.set_xlabel("difference to the baseline, nats per token", fontsize=12.5, color=theme["soft"], labelpad=5)
     zero = (0 - low) / (high - low)
     for text, side, x in (("◀ less loss", "left", 0.0), ("more loss ▶", "right", 1.0)):
-        if (side == "left" and zero > 0.24) or (side == "right" and zero < 0.76):
+        if (side == "left" and zero > 0.36) or (side == "right" and zero < 0.64):
             ax.annotate(text, (x, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points", ha=side,
-                        va="bottom", fontsize=11, color=theme["soft"], annotation_clip=False)  # fmt: skip
+                        va="bottom", fontsize=12.5, color=theme["soft"], annotation_clip=False)  # fmt: skip
     ax.annotate("baseline", (zero, 1), xycoords="axes fraction", xytext=(0, 8), textcoords="offset points",
-                ha="center", va="bottom", fontsize=11, fontweight="bold", color=theme["ink"],
+                ha="center", va="bottom", fontsize=12.5, fontweight="bold", color=theme["ink"],
                 annotation_clip=False)  # fmt: skip
     return drawn
 
 
 def gap_height(rows: int) -> float:
     """CSS pixels that a gap plot with `rows` rows needs."""
-    return 84.0 + 46.0 * max(rows, 1)
+    return 88.0 + 50.0 * max(rows, 1)
 
 
 def draw_gap(ax: Axes, data: GapData, theme: Theme) -> Drawn:
@@ -283,14 +286,14 @@ def draw_gap(ax: Axes, data: GapData, theme: Theme) -> Drawn:
         ax.plot([row.train], [place], "o", markersize=9, markerfacecolor=theme["surface"], markeredgecolor=colour,
                 markeredgewidth=2, zorder=3, clip_on=False)  # fmt: skip
         ax.plot([row.validation], [place], "o", markersize=9, color=colour, zorder=3, clip_on=False)
-        ax.annotate(shortened(row.name, 25), (0, place - 0.2), xycoords=("axes fraction", "data"), ha="left", va="bottom",
-                    fontsize=12, fontweight="bold", color=colour, annotation_clip=False)  # fmt: skip
+        ax.annotate(shortened(row.name, 21), (0, place - 0.2), xycoords=("axes fraction", "data"), ha="left", va="bottom",
+                    fontsize=13, fontweight="bold", color=colour, annotation_clip=False)  # fmt: skip
         bracket = interval(row.gap_low, row.gap_high)
         ax.annotate(f"gap {number(row.gap)} {bracket}".rstrip(), (1, place - 0.2), xycoords=("axes fraction", "data"), ha="right",
-                    va="bottom", fontsize=12, color=theme["ink"], annotation_clip=False)  # fmt: skip
+                    va="bottom", fontsize=13, color=theme["ink"], annotation_clip=False)  # fmt: skip
     _few_ticks(ax, x=5)
     _minus_ticks(ax)
-    ax.set_xlabel("nats per token:  ○ train   ● validation", fontsize=11, color=theme["soft"], labelpad=5)
+    ax.set_xlabel("nats per token:  ○ train   ● validation", fontsize=12.5, color=theme["soft"], labelpad=5)
     return drawn
 
 
@@ -301,7 +304,8 @@ def draw_cross(ax: Axes, panel: CrossPanel, theme: Theme) -> Drawn:
     ax.set_xlim(-0.32, 1.32)
     ax.set_ylim(*panel.limits)
     ax.set_xticks([0, 1], [shortened(label, 14) for label in panel.columns])
-    ax.tick_params(axis="x", labelsize=11, labelcolor=theme["ink"])
+    ax.tick_params(axis="both", labelsize=12.5)
+    ax.tick_params(axis="x", labelcolor=theme["ink"])
     for offset, line in zip(_dodge(len(panel.lines), 0.07), panel.lines, strict=True):
         colour = theme[line.role]
         places = [offset, 1 + offset]
@@ -370,13 +374,19 @@ def draw_frontier(ax: Axes, data: FrontierData, theme: Theme) -> Drawn:
             drawn[gid] = {"x": point.x, "y": point.y, "setting": point.setting, "tip": tip}
     marks = [_pixels(ax, p.x, p.y) for s in data.series for p in s.points]
     boxes.extend((x - 5, y - 5, x + 5, y + 5) for x, y in marks)
+    named: list[tuple[str, float, float]] = []
     for series in data.series:
         for point in series.points:
+            # Where two models' points of one setting lie together, one label serves both.
+            px, py = _pixels(ax, point.x, point.y)
+            if any(point.label == text and abs(px - x) < 24 and abs(py - y) < 12 for text, x, y in named):
+                continue
+            named.append((point.label, px, py))
             _place_label(ax, point.label, point.x, point.y, theme[series.role], boxes)
     _few_ticks(ax, x=5, y=5)
     _minus_ticks(ax)
     _corner_label(ax, data.y_axis, theme)
-    ax.set_xlabel(data.x_axis, fontsize=11, color=theme["soft"], labelpad=5)
+    ax.set_xlabel(data.x_axis, fontsize=12.5, color=theme["soft"], labelpad=5)
     return drawn
 
 
@@ -391,7 +401,7 @@ def _place_label(
     """Write `text` beside its point on the first side where it meets nothing; leave it to the tooltip if none is free."""
     px, py = _pixels(ax, x, y)
     frame = ax.get_window_extent()
-    width, height = 6.6 * len(text), 12.0
+    width, height = 7.2 * len(text), 14.0
     for dx, dy, ha in ((9, 0, "left"), (-9, 0, "right"), (0, 13, "center"), (0, -13, "center"), (9, 11, "left"),
                        (-9, 11, "right"), (9, -11, "left"), (-9, -11, "right"), (0, 24, "center"), (0, -24, "center"),
                        (14, 20, "left"), (-14, 20, "right"), (14, -20, "left"), (-14, -20, "right")):  # fmt: skip
@@ -400,7 +410,7 @@ def _place_label(
         inside = box[0] >= frame.x0 - 30 and box[2] <= frame.x1 + 14 and box[1] >= frame.y0 + 2 and box[3] <= frame.y1 + 8
         if inside and not any(_meet(box, other) for other in taken):
             taken.append(box)
-            ax.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va="center", fontsize=11,
+            ax.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va="center", fontsize=12.5,
                         color=colour, annotation_clip=False, zorder=6)  # fmt: skip
             return
 

@@ -53,6 +53,7 @@ class CrossRow(NamedTuple):
     cells: tuple[Shown, ...]
     spans: bool
     says: str
+    moved_by: tuple[int, ...]
 
 
 class Corner(NamedTuple):
@@ -105,14 +106,14 @@ def key_figures(report: Report) -> tuple[KeyFigure, ...]:
     if other is not None:
         figures.append(
             KeyFigure(
-                "generalisation gap at the end",
+                "generalisation gap at the end, nats per token",
                 f"{gap:.2f} → {other.at_end.gap_nats_per_token.mean:.2f}".replace("-", MINUS),
-                "nats",
+                "",
                 f"from “{baseline.name}” to “{other.name}”",
             )
         )
     else:
-        figures.append(KeyFigure("generalisation gap at the end", f"{gap:.2f}", "nats", f"“{baseline.name}”"))
+        figures.append(KeyFigure("generalisation gap at the end, nats per token", f"{gap:.2f}", "", f"“{baseline.name}”"))
     figures.append(
         KeyFigure(
             "what training too long costs",
@@ -169,6 +170,12 @@ def is_clear(effect: Effect) -> bool:
     return effect.low is not None and effect.high is not None and (effect.low > 0 or effect.high < 0)
 
 
+def moved_by(report: Report, measure: str) -> tuple[int, ...]:
+    """Which dice are shown to move `measure`: 1 the training die, 2 the generation die."""
+    found = [] if report.cross is None else [e for e in report.cross.effects if e.measure == measure and is_clear(e)]
+    return tuple(sorted({"training": 1, "generation": 2}[e.die] for e in found))
+
+
 def cross_sentence(report: Report, measure: str, kind: str) -> str:
     """One plain sentence: which die moves `measure`, by how much."""
     found = {e.die: e for e in (report.cross.effects if report.cross is not None else []) if e.measure == measure}
@@ -202,7 +209,7 @@ def cross_rows(report: Report) -> tuple[CrossRow, ...]:
     models = [arms[name] for name in charts.cross_arms(report)]
     rows = [
         CrossRow(title, explained, tuple(shown(getattr(arm.at_best, field)) for arm in models), True,
-                 cross_sentence(report, field, "nats"))
+                 cross_sentence(report, field, "nats"), moved_by(report, field))
         for title, explained, field in (
             ("Loss on unseen text", "nats per token, at the best step", "validation_nats_per_token"),
             ("Generalisation gap", "loss on unseen text less loss on training text, nats per token",
@@ -216,7 +223,7 @@ def cross_rows(report: Report) -> tuple[CrossRow, ...]:
                 cell = charts.sampling_cell(report, arm.name, setting)
                 cells.append(Shown("–", "") if cell is None else shown(getattr(cell.measures, measure.field), measure.kind))
         says = cross_sentence(report, measure.field, measure.kind)
-        rows.append(CrossRow(measure.title, measure.short, tuple(cells), False, says))
+        rows.append(CrossRow(measure.title, measure.short, tuple(cells), False, says, moved_by(report, measure.field)))
     return tuple(rows)
 
 
@@ -326,6 +333,7 @@ def render(report: Report) -> str:
         ordered=sorted(report.arms, key=lambda arm: numbers[arm.name]),
         role={name: charts.arm_role(report, name) for name in numbers},
         measures=charts.MEASURES,
+        untuned_is_said=any("not tuned" in note for note in report.how.notes),
         tuned=any(arm.tuned for arm in report.arms),
     )
     return text

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
@@ -128,7 +129,9 @@ def svg_of(figure: Figure, *, name: str, title: str, description: str, data: Map
     import matplotlib
 
     stream = io.BytesIO()
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        # The browser has letters that the layout font lacks (an arm may be named in Chinese); only widths are guessed.
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     root = ElementTree.fromstring(stream.getvalue().decode("utf-8"))
     _drop_style_elements(root)
@@ -149,7 +152,8 @@ def png_of(figure: Figure, *, dpi: int = 144) -> bytes:
     import matplotlib
 
     stream = io.BytesIO()
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
     return stream.getvalue()
 
@@ -159,14 +163,19 @@ def number_text(value: float | int | None) -> str:
     return "" if value is None else repr(value)
 
 
+def printable(text: str) -> str:
+    """`text` with what may not stand in XML (control characters) shown as a replacement mark."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def _attach_data(element: ElementTree.Element, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if key == "tip":
             tip = ElementTree.Element(f"{{{SVG}}}title")
-            tip.text = str(value)
+            tip.text = printable(str(value))
             element.insert(0, tip)
         elif isinstance(value, str):
-            element.set(f"data-{key}", value)
+            element.set(f"data-{key}", printable(value))
         elif isinstance(value, list | tuple):
             element.set(f"data-{key}", " ".join(number_text(v) for v in value))
         else:
@@ -218,7 +227,7 @@ def _name_for_listeners(root: ElementTree.Element, name: str, title: str, descri
     root.set("aria-labelledby", f"{name}-title {name}-desc")
     for index, (tag, text) in enumerate((("title", title), ("desc", description))):
         element = ElementTree.Element(f"{{{SVG}}}{tag}", {"id": f"{name}-{tag}"})
-        element.text = text
+        element.text = printable(text)
         root.insert(index, element)
 
 
