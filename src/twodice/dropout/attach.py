@@ -100,9 +100,7 @@ class Handle:
         if not state.attached:
             raise ContractError("a step needs an attached model; this one was detached; call attach again")
         if state.snapshot is not None or state.saved:
-            raise ContractError(
-                f"a step must end before the next begins; step {state.snapshot and state.snapshot.step} is open"
-            )
+            raise ContractError(f"a step must end before the next begins; another one is open")
         snapshot = _snapshot(state, step, examples, positions, draw)
         state.switch_on()
         state.snapshot = snapshot
@@ -403,17 +401,17 @@ def _install(model: nn.Module, state: State, found: Inventory, chosen: list[tupl
             copied = attention.shadow(module.config, state.name, site)
             state.switches.append((module.__dict__, "config", copied))
         elif place.tensor == "input":
-            hook: Hook = InputHook(state, site)
+            before = InputHook(state, site)
             if fleeting:
-                state.switches.append((module._forward_pre_hooks, RemovableHandle({}).id, hook))
+                state.switches.append((module._forward_pre_hooks, RemovableHandle({}).id, before))
             else:
-                removable.append(module.register_forward_pre_hook(hook))
+                removable.append(module.register_forward_pre_hook(before))
         else:
-            hook = OutputHook(state, site)
+            after = OutputHook(state, site)
             if fleeting:
-                state.switches.append((module._forward_hooks, RemovableHandle({}).id, hook))
+                state.switches.append((module._forward_hooks, RemovableHandle({}).id, after))
             else:
-                removable.append(module.register_forward_hook(hook))
+                removable.append(module.register_forward_hook(after))
     spoken = {place.name for place, _ in chosen}
     for own in found.own:
         if own.feeds in spoken or f"{own.path}#dropout" in spoken:

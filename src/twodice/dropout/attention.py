@@ -19,7 +19,7 @@ from torch import nn
 from twodice.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
-    from twodice.dropout.attach import Site
+    from twodice.dropout.hooks import Site
     from twodice.dropout.step import Frame
 
 #: Arguments that change the weights in a way that this path does not know.
@@ -136,12 +136,12 @@ def attend(
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if road.name == "sdpa" and causal and T > 1:
-            scores = scores + _causal(frame, T, S, scores)
+            scores += _causal(frame, T, S, scores)
     elif attention_mask.dtype == torch.bool:
         # The lowest number and not minus infinity: a row without any key (padding) must not become NaN.
-        scores = scores.masked_fill(~attention_mask[..., :S], torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~attention_mask[..., :S], torch.finfo(scores.dtype).min)
     else:
-        scores = scores + attention_mask[..., :S]
+        scores += attention_mask[..., :S]
     wide = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
     weights = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
     weights = site.drop(frame, weights, key_positions=_key_positions(frame, T, S, site.name))

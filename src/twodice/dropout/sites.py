@@ -279,13 +279,16 @@ def _sites_of_family(found: Inventory, path: str, blocks: list[nn.Module]) -> No
         )
 
     for where, kind in family.own.items():
-        for layer, block in enumerate(blocks) if not where.startswith(".") else [(None, base)]:
-            at = _join(path, where[1:]) if layer is None else _join(path, family.layers, str(layer), where)
+        holders: list[tuple[int | None, nn.Module]] = (
+            [(None, base)] if where.startswith(".") else [*enumerate(blocks)]
+        )
+        for number, block in holders:
+            at = _join(path, where[1:]) if number is None else _join(path, family.layers, str(number), where)
             own = _at(block, where.removeprefix("."))
             called = kind != "attention"
             # A model may be built with something else in this place (nn.Identity, say): then there is nothing to tell.
             if isinstance(own, nn.Dropout):
-                found.own.append(OwnDropout(at, own, own.p, site(kind, layer), called=called))
+                found.own.append(OwnDropout(at, own, own.p, site(kind, number), called=called))
     if "attention_dropout" in family.read:
         for layer, block in enumerate(blocks):
             own = _at(block, family.attention)
