@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from twodice.errors import DataError
+from twodice.errors import ConfigError, DataError
 
 RECORDS = "records.jsonl"
 Record = dict[str, Any]
@@ -76,6 +76,20 @@ def _parsed(path: Path, data: bytes) -> list[Record]:
     return records
 
 
+def _lock(file: BinaryIO, folder: Path) -> None:
+    """Hold the file against a second study in the same folder; the hold goes with the process."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: no lock, and nothing else depends on it
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(
+            f"another command is working in {folder}; wait for it, or give another --out"
+        ) from None
+
+
 class Recorder:
     """The file, opened to be added to by one process.
 
@@ -89,6 +103,7 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / RECORDS
         self._file = open(path, "a+b")
+        _lock(self._file, folder)
         self._file.seek(0)
         data = self._file.read()
         whole = data.rfind(b"\n") + 1

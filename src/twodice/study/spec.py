@@ -1,4 +1,4 @@
-"""A study as it was asked for, and as settled before the first trial (``spec.json``). Pure; knows no torch."""
+"""A study as it was asked for, and as settled before the first trial (``spec.json``). Knows no torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SamplingPlan(_Part):
     tokens: Annotated[int, Field(ge=8)] = Field(default=96, description="tokens of each continuation")
     draws: Annotated[int, Field(ge=1)] = Field(default=2, description="sampling seeds for each drawn setting")
     top_k: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(
-        (10, 50, None), description="none means all tokens"
+        default=(10, 50, None), description="none means all tokens"
     )
     temperature: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.7, 1.0))
 
@@ -62,7 +62,7 @@ class StudySpec(_Part):
     base: TrainConfig = Field(description="what all arms start from; its seed is the first of the study's")
     arms: tuple[ArmText, ...]
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
-    minutes: Annotated[float, Field(gt=0)] | None = Field(5, description="time for the whole study")
+    minutes: Annotated[float, Field(gt=0)] | None = Field(default=5, description="time for the whole study")
     tune: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="dotted name to the values tried"
     )

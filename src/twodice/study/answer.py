@@ -1,0 +1,133 @@
+"""The sentences of a report: the answer, what qualifies it, how it was measured. Each follows from a number in the report.
+
+Knows neither records nor pages; draws nothing, decides nothing that `compare` has not decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twodice.study import schema
+from twodice.study.spec import Settled, StudySpec
+
+
+def _quoted(names: Sequence[str]) -> str:
+    listed = [f"'{name}'" for name in names]
+    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def answer_of(arms: Sequence[schema.Arm], baseline: str, *, is_complete: bool) -> str:
+    """The answer in one sentence: first dropout, then what else was asked."""
+    lead = "" if is_complete else "So far (not all trials are done): "
+    dropping = [arm for arm in arms if arm.has_dropout and arm.name != baseline]
+    others = [arm for arm in arms if not arm.has_dropout and arm.name != baseline]
+    said = _of_group(dropping, "dropout", baseline) if dropping else _of_group(others, "", baseline)
+    if dropping and others:
+        said += "; without dropout " + ", ".join(f"'{arm.name}' {arm.words}" for arm in others)
+    text = lead + said
+    return text[0].upper() + text[1:] + "."
+
+
+def _of_group(arms: Sequence[schema.Arm], what: str, baseline: str) -> str:
+    helping = [arm for arm in arms if arm.verdict == "helps"]
+    hurting = [arm for arm in arms if arm.verdict == "hurts"]
+    if helping:
+        best = min(helping, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
+        return f"on this text {what or 'the change'} {best.words} against '{baseline}' (arm '{best.name}')"
+    if hurting and len(hurting) == len(arms):
+        least = min(hurting, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
+        return f"on this text {what or 'the change'} {least.words} against '{baseline}' (at least, arm '{least.name}')"
+    unclear = [arm for arm in arms if arm.verdict == "cannot tell"]
+    nearest = min(unclear, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
+    whether = f"whether {what} helps" if what else "whether any change helps"
+    return f"on this text we cannot tell {whether}: arm '{nearest.name}' {_after_colon(nearest.words)}"
+
+
+def _after_colon(words: str) -> str:
+    return words.removeprefix("cannot tell: ")
+
+
+def details_of(report: schema.Report) -> list[str]:
+    """What qualifies the answer."""
+    found = []
+    end = [arm.name for arm in report.arms if arm.only_at_end]
+    if end:
+        found.append(
+            f"{_quoted(end)} {'wins' if len(end) == 1 else 'win'} at the end of training only: stopping '"
+            f"{report.baseline}' at its best step does as well, as far as this study can tell."
+        )
+    worse = [a.name for a in report.arms if a.at_end.verdict == "hurts" and a.at_best.verdict != "hurts"]
+    if worse:
+        found.append(
+            f"{_quoted(worse)} {'is' if len(worse) == 1 else 'are'} worse at the end of training only."
+        )
+    base = next(arm for arm in report.arms if arm.name == report.baseline)
+    rise, gap = base.overfits_percent, base.at_end.gap_nats_per_token.mean
+    if rise >= 1:
+        found.append(
+            f"'{base.name}' overfits: its loss on unseen text ends {rise:.1f} % above its best, {gap:.2f} nats per "
+            "token above its loss on the training text."
+        )
+    else:
+        found.append(
+            f"'{base.name}' does not overfit in {report.steps} steps: its loss on unseen text ends {rise:.1f} % above "
+            f"its best (gap {gap:.2f} nats per token). Dropout is for texts that are read many times."
+        )
+    bits = base.at_best.validation_bits_per_byte.mean
+    for line in report.sanity:
+        if line.unit == "bits per byte":
+            found.append(
+                f"{line.words[0].upper()}{line.words[1:]}; '{base.name}' needs {bits:.2f} at its best step."
+            )
+    if len(report.seeds) == 1:
+        found.append("One seed cannot separate an effect from chance: no interval and no verdict is given.")
+    return found
+
+
+def plan_words(pairs: int, comparisons: int, smallest: float | None, sd_percent: float | None) -> str:
+    """What so many pairs can detect, with the assumption under which it is said in percent."""
+    if smallest is None:
+        return f"{pairs} pair detects nothing: chance cannot be seen in one seed"
+    many = "one comparison" if comparisons == 1 else f"{comparisons} comparisons"
+    text = (
+        f"{pairs} pairs find a true difference of {smallest:.1f} standard deviations of the paired difference in 4 of 5 "
+        f"studies ({many}, the first step of Holm's test)"
+    )
+    if sd_percent is not None:
+        text += (
+            f"; with the {sd_percent:.2f} % of the loss measured here that is {smallest * sd_percent:.1f} %"
+        )
+    return text
+
+
+def notes_of(spec: StudySpec, settled: Settled, study: Mapping[str, Any]) -> list[str]:
+    """How everything was measured."""
+    context, data = study["model"]["context"], study["data"]
+    batch = study["model"]["batch"]
+    passes = settled.steps * batch * context / max(1, data["train_tokens"])
+    notes = [
+        "All trials of one seed share initial weights, the order of the batches and nested masks of dropout: what is "
+        "dropped at a lower rate is dropped at a higher one too.",
+        f"Every trial took {settled.steps} steps of {batch} windows of {context} tokens, about {passes:.0f} passes over "
+        f"the training text; {settled.reason}.",
+        "At best: the step with the lowest loss on validation text A; all losses that are shown and compared are those of "
+        "validation text B, on which nothing was chosen. At the end: the last step.",
+        f"Losses are means over the same {spec.base.evaluation.windows} windows at most of each part, in eval mode, for all "
+        "arms and seeds.",
+        "Differences are paired by seed. Their intervals are t intervals at the level at which Holm's step-down test "
+        "judged that arm: an interval leaves out 0 exactly when the adjusted p is below 0.05. In percent: relative to "
+        "the baseline's mean loss.",
+    ]
+    if data["crosses_documents"]:
+        notes.append("Training windows may cross from one document to the next.")
+    if spec.tune:
+        values = "; ".join(f"{name} from {', '.join(options)}" for name, options in spec.tune.items())
+        notes.append(
+            f"Tuned for each arm with equal effort, on validation text A and seed {spec.tuning_seed}, which is not among "
+            f"the study's: {values}."
+        )
+    else:
+        lr = study["lr"]
+        notes.append(f"The learning rate ({lr:g}) was not tuned for each arm; --tune lr=... does that.")
+    return notes
