@@ -1,4 +1,4 @@
-"""The sentences of a report: the answer, what qualifies it, how it was measured. Each follows from a number in the report.
+"""The sentences of a report: the answer, what qualifies it, how it was measured. Each follows from a number.
 
 Knows neither records nor pages; draws nothing, decides nothing that `compare` has not decided.
 """
@@ -37,11 +37,16 @@ def _of_group(arms: Sequence[schema.Arm], what: str, baseline: str) -> str:
         return f"on this text {what or 'the change'} {best.words} against '{baseline}' (arm '{best.name}')"
     if hurting and len(hurting) == len(arms):
         least = min(hurting, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
-        return f"on this text {what or 'the change'} {least.words} against '{baseline}' (at least, arm '{least.name}')"
+        return f"on this text {what or 'the change'} {least.words} against '{baseline}' (arm '{least.name}')"
     unclear = [arm for arm in arms if arm.verdict == "cannot tell"]
     nearest = min(unclear, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
     whether = f"whether {what} helps" if what else "whether any change helps"
     return f"on this text we cannot tell {whether}: arm '{nearest.name}' {_after_colon(nearest.words)}"
+
+
+def _sentence(words: str) -> str:
+    """Begin with a capital, but for the name of a program."""
+    return words if words.startswith("xz") else words[0].upper() + words[1:]
 
 
 def _after_colon(words: str) -> str:
@@ -66,20 +71,20 @@ def details_of(report: schema.Report) -> list[str]:
     rise, gap = base.overfits_percent, base.at_end.gap_nats_per_token.mean
     if rise >= 1:
         found.append(
-            f"'{base.name}' overfits: its loss on unseen text ends {rise:.1f} % above its best, {gap:.2f} nats per "
+            f"'{base.name}' overfits: its loss on unseen text ends {rise:.1f} % above its best, {gap:.2f} "
+            f"nats per "
             "token above its loss on the training text."
         )
     else:
         found.append(
-            f"'{base.name}' does not overfit in {report.steps} steps: its loss on unseen text ends {rise:.1f} % above "
-            f"its best (gap {gap:.2f} nats per token). Dropout is for texts that are read many times."
+            f"'{base.name}' does not overfit in {report.steps} steps: its loss on unseen text ends "
+            f"{rise:.1f} % "
+            f"above its best (gap {gap:.2f} nats per token). Dropout is for texts that are read many times."
         )
     bits = base.at_best.validation_bits_per_byte.mean
     for line in report.sanity:
         if line.unit == "bits per byte":
-            found.append(
-                f"{line.words[0].upper()}{line.words[1:]}; '{base.name}' needs {bits:.2f} at its best step."
-            )
+            found.append(f"{_sentence(line.words)}; '{base.name}' needs {bits:.2f} at its best step.")
     if len(report.seeds) == 1:
         found.append("One seed cannot separate an effect from chance: no interval and no verdict is given.")
     return found
@@ -91,8 +96,9 @@ def plan_words(pairs: int, comparisons: int, smallest: float | None, sd_percent:
         return f"{pairs} pair detects nothing: chance cannot be seen in one seed"
     many = "one comparison" if comparisons == 1 else f"{comparisons} comparisons"
     text = (
-        f"{pairs} pairs find a true difference of {smallest:.1f} standard deviations of the paired difference in 4 of 5 "
-        f"studies ({many}, the first step of Holm's test)"
+        f"{pairs} pairs find a true difference of {smallest:.1f} standard deviations of the paired "
+        f"difference in "
+        f"4 of 5 studies ({many}, the first step of Holm's test)"
     )
     if sd_percent is not None:
         text += (
@@ -103,29 +109,48 @@ def plan_words(pairs: int, comparisons: int, smallest: float | None, sd_percent:
 
 def notes_of(spec: StudySpec, settled: Settled, study: Mapping[str, Any]) -> list[str]:
     """How everything was measured."""
-    context, data = study["model"]["context"], study["data"]
-    batch = study["model"]["batch"]
+    context, data, batch = study["model"]["context"], study["data"], study["model"]["batch"]
     passes = settled.steps * batch * context / max(1, data["train_tokens"])
     notes = [
-        "All trials of one seed share initial weights, the order of the batches and nested masks of dropout: what is "
-        "dropped at a lower rate is dropped at a higher one too.",
-        f"Every trial took {settled.steps} steps of {batch} windows of {context} tokens, about {passes:.0f} passes over "
-        f"the training text; {settled.reason}.",
-        "At best: the step with the lowest loss on validation text A; all losses that are shown and compared are those of "
-        "validation text B, on which nothing was chosen. At the end: the last step.",
-        f"Losses are means over the same {spec.base.evaluation.windows} windows at most of each part, in eval mode, for all "
-        "arms and seeds.",
-        "Differences are paired by seed. Their intervals are t intervals at the level at which Holm's step-down test "
-        "judged that arm: an interval leaves out 0 exactly when the adjusted p is below 0.05. In percent: relative to "
-        "the baseline's mean loss.",
+        (
+            "All trials of one seed share initial weights, the order of the batches and nested masks of "
+            "dropout: "
+            "what is dropped at a lower rate is dropped at a higher one too."
+        ),
+        (
+            f"Every trial took {settled.steps} steps of {batch} windows of {context} tokens, about "
+            f"{passes:.0f} "
+            f"passes over the training text; the number of steps is {settled.reason}."
+        ),
+        (
+            "At best: the step with the lowest loss on validation text A. At the end: the last step. All "
+            "losses on "
+            "unseen text that are shown and compared are those of validation text B, on which nothing was "
+            "chosen."
+        ),
+        (
+            f"Losses are means over the same windows, at most {spec.base.evaluation.windows} of each part, "
+            f"in eval "
+            "mode, for all arms and seeds."
+        ),
+        (
+            "Differences are paired by seed. Their intervals are t intervals at the level at which Holm's "
+            "step-down "
+            "test judged that arm: an interval leaves out 0 exactly when the adjusted p is below 0.05. In "
+            "percent: "
+            "relative to the baseline's mean loss. Intervals of single losses and of the measures of texts "
+            "are plain "
+            "95 % t intervals over the seeds."
+        ),
     ]
     if data["crosses_documents"]:
         notes.append("Training windows may cross from one document to the next.")
     if spec.tune:
         values = "; ".join(f"{name} from {', '.join(options)}" for name, options in spec.tune.items())
         notes.append(
-            f"Tuned for each arm with equal effort, on validation text A and seed {spec.tuning_seed}, which is not among "
-            f"the study's: {values}."
+            f"Tuned for each arm with equal effort, on validation text A and seed {spec.tuning_seed}, which "
+            f"is not "
+            f"among the study's: {values}."
         )
     else:
         lr = study["lr"]

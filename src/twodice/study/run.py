@@ -1,7 +1,7 @@
 """A study, from top to bottom: settle, tune, train every trial, throw the second die, write what was found.
 
-Does not import torch: the workers of `pool` do the work, this process keeps the records. Whatever is recorded is never done
-again, so a study that was stopped or killed goes on where it was.
+Does not import torch: the workers of `pool` do the work, this process keeps the records. Whatever is recorded
+is never done again, so a study that was stopped or killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from twodice.study import schema, summary
 from twodice.study.arms import Arm
 from twodice.study.pool import Job, Pool
 from twodice.study.records import Recorder
+from twodice.study.sampling_cross import settings_of
 from twodice.study.spec import Settled, StudySpec, differences, read_spec, write_spec
 from twodice.training.config import TrainConfig, with_setting
 
@@ -98,7 +99,8 @@ def run_study(
     before = read_spec(out)
     if before is not None and (changed := differences(before[0], spec)):
         raise ConfigError(
-            f"{out} holds another study ({'; '.join(changed)}); ask for the same to go on with it, or give another --out"
+            f"{out} holds another study ({'; '.join(changed)}); ask for the same to go on with it, or give "
+            f"another --out"
         )
     arms = spec.parsed_arms()
     trials = len(arms) * (spec.seeds + len(spec.tunings()))
@@ -171,8 +173,8 @@ def _layouts(spec: StudySpec, trials: int) -> list[tuple[int, int]]:
 def settle(study: Study, arms: list[Arm], trials: int) -> Settled:
     """Measure what is fastest, and fix the number of steps, the same for every trial.
 
-    A few real steps of every arm tell the dearest one; that one tells which layout of processes and threads does the most
-    steps in all; a small whole trial tells what a trial costs beside its steps.
+    A few real steps of every arm tell the dearest one; that one tells which layout of processes and threads
+    does the most steps in all; a small whole trial tells what a trial costs beside its steps.
     """
     spec, pool = study.spec, study.pool
     layouts = _layouts(spec, trials)
@@ -211,7 +213,8 @@ def settle(study: Study, arms: list[Arm], trials: int) -> Settled:
     if steps < _FEWEST_STEPS:
         need = (each - left + _FEWEST_STEPS * step_s) * math.ceil(trials / workers) + seconds / 10
         raise ConfigError(
-            f"{spec.minutes:g} minutes are too few for {trials} trials of at least {_FEWEST_STEPS} steps on this machine; "
+            f"{spec.minutes:g} minutes are too few for {trials} trials of at least {_FEWEST_STEPS} steps on "
+            f"this machine; "
             f"give about {math.ceil(need / 60 + 0.5)} minutes, fewer arms or seeds, or a smaller model"
         )
     return _settled(steps, workers, threads, step_s, f"what {spec.minutes:g} minutes allow here ({how})")
@@ -260,7 +263,11 @@ def _study_record(
         "model": facts["model"],
         "lr": facts["lr"],
         "sampling": sampling,
-        "machine": {**facts["machine"], "workers": str(settled.workers), "threads each": str(settled.threads)},
+        "machine": {
+            **facts["machine"],
+            "workers": str(settled.workers),
+            "threads each": str(settled.threads),
+        },
         "commands": {
             "study": command,
             "report": f"twodice report {out}",
@@ -382,7 +389,7 @@ def _generate(study: Study, arms: list[Arm], settled: Settled) -> None:
     report = summary.summarise(study.log.records)
     names, _, _ = summary.choose_cross(report.arms, report.baseline, report.best)
     by_name = {arm.name: arm for arm in arms}
-    last = summary.settings_of(plan["top_k"], plan["temperature"])[-1].model_dump()
+    last = settings_of(plan["top_k"], plan["temperature"])[-1].model_dump()
     todo = [
         (name, seed)
         for seed in report.seeds
@@ -403,10 +410,18 @@ def _generate(study: Study, arms: list[Arm], settled: Settled) -> None:
             if seed == report.seeds[0]:
                 shown_each = min(_SHOWN_PROMPTS, result["texts"])
                 for i, example in enumerate(result["examples"]):
-                    row = {"kind": "example", "arm": name, "seed": seed, "number": i % shown_each, **example}
+                    row: dict[str, Any] = {
+                        "kind": "example",
+                        "arm": name,
+                        "seed": seed,
+                        "number": i % shown_each,
+                        **example,
+                    }
                     study.log.write(row)
             for cell in result["settings"]:
-                study.log.write({"kind": "sampling", "arm": name, "seed": seed, "texts": result["texts"], **cell})
+                study.log.write(
+                    {"kind": "sampling", "arm": name, "seed": seed, "texts": result["texts"], **cell}
+                )
             shown.update(done)
 
 

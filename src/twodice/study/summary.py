@@ -1,4 +1,4 @@
-"""From ``records.jsonl`` to ``report.json``: every number and every sentence about numbers. Knows no torch and no clock.
+"""From ``records.jsonl`` to ``report.json``: every number and every sentence. Knows no torch and no clock.
 
 The same records, in any order, give the same bytes.
 """
@@ -242,7 +242,7 @@ def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[
 
 
 def measured_sd_percent(arms: Sequence[schema.Arm]) -> float | None:
-    """Typical standard deviation of the paired differences, in percent of the baseline's loss; None with one seed."""
+    """Typical SD of the paired differences, in percent of the baseline's loss; None with one seed."""
     spreads = []
     for arm in arms:
         told = arm.at_best.difference
@@ -325,20 +325,22 @@ def _examples(found: Found, arms: Sequence[schema.Arm], human: Record | None) ->
     order = {arm.name: i for i, arm in enumerate(arms)}
     records = [r for r in found.other if r["kind"] == "example"]
     told = [
-        schema.Example(
-            arm=r["arm"], training_seed=r["seed"], sampling_seed=r["draw"],
-            **{k: r[k] for k in ("prompt", "setting", "text", "rep_4", "longest_copied_characters", "copied_from")},
-        )
-        for r in sorted(records, key=lambda r: (r["number"], order[r["arm"]]))
-    ]  # fmt: skip
-    for r in human["examples"] if human is not None else ():
-        told.append(
-            schema.Example(
-                arm="human", training_seed=None, sampling_seed=None,
-                **{k: r[k] for k in ("prompt", "setting", "text", "rep_4", "longest_copied_characters", "copied_from")},
-            )
-        )  # fmt: skip
-    return told
+        _example(r, r["arm"], r["seed"], r["draw"])
+        for r in sorted(records, key=lambda r: (r["number"], order[r["arm"]], r["setting"]))
+    ]
+    return told + [_example(r, "human", None, None) for r in (human["examples"] if human is not None else ())]
+
+
+def _example(
+    record: Record, arm: str, training_seed: int | None, sampling_seed: int | None
+) -> schema.Example:
+    fields = ("prompt", "setting", "text", "rep_4", "longest_copied_characters", "copied_from")
+    return schema.Example(
+        arm=arm,
+        training_seed=training_seed,
+        sampling_seed=sampling_seed,
+        **{field: record[field] for field in fields},
+    )
 
 
 def write_summary(folder: Path) -> schema.Report:
@@ -356,3 +358,11 @@ def write_summary(folder: Path) -> schema.Report:
             f"{folder} must be a folder that can be written; the system says: {error.strerror}"
         ) from None
     return report
+
+
+def earlier_sd_percent(folder: Path) -> float | None:
+    """`measured_sd_percent` of the study that is in `folder`; None where there is none that is far enough."""
+    try:
+        return measured_sd_percent(summarise(read_records(folder)).arms)
+    except DataError:
+        return None

@@ -195,7 +195,11 @@ def main() -> None:
     # The study decides when to stop: the keyboard's signal reaches the whole group of processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=listen, daemon=True).start()
-    import torch  # noqa: F401  (while the study still settles its plan)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    import torch  # noqa: F401  (now, while the study still settles what to do)
 
     jobs = Jobs(answer, asked.is_set)
     answer({"kind": "ready"})
