@@ -19,6 +19,7 @@ namespace twodice {
 namespace {
 
 constexpr int64_t kBlock = 128;  // values a block maximum stands for
+constexpr int64_t kBuckets = 1024;
 
 enum Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Status : int { kOk = 0, kNan = 1, kInfinite = 2, kEmpty = 3 };
@@ -78,6 +79,7 @@ struct Scratch {
     Buffers<float, uint64_t> narrow;
     Buffers<double, unsigned __int128> wide;
     std::vector<uint64_t> seen;
+    std::vector<int64_t> buckets;
 
     template <class F>
     auto& buffers() {

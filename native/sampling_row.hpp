@@ -70,6 +70,72 @@ inline float block_max<float>(const float* x, int64_t count, bool& bad) {
 }
 #endif
 
+#ifdef TWODICE_LEVEL_AVX2
+// noise_exp of four numbers, the same operations.
+inline __m256d exp4(__m256d z) {
+    const __m256d low = _mm256_max_pd(z, _mm256_set1_pd(-700.0)), round = _mm256_set1_pd(kRound);
+    const __m256d shifted = _mm256_add_pd(_mm256_mul_pd(low, _mm256_set1_pd(kLog2E)), round);
+    const __m256d n = _mm256_sub_pd(shifted, round);
+    const __m256d r = _mm256_sub_pd(_mm256_sub_pd(low, _mm256_mul_pd(n, _mm256_set1_pd(kLn2High))),
+                                    _mm256_mul_pd(n, _mm256_set1_pd(kLn2Low)));
+    constexpr double c[11] = {1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0,
+                              1.0 / 24.0,      1.0 / 6.0,      0.5,           1.0,          1.0};
+    __m256d y = _mm256_set1_pd(1.0 / 39916800.0);
+    for (const double term : c) y = _mm256_add_pd(_mm256_mul_pd(y, r), _mm256_set1_pd(term));
+    const __m256i scale = _mm256_add_epi64(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52),
+                                           _mm256_set1_epi64x(kOneBits));
+    return _mm256_mul_pd(y, _mm256_castsi256_pd(scale));
+}
+
+inline __m256d load4(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
+inline __m256d load4(const double* x) { return _mm256_loadu_pd(x); }
+#endif
+
+// z, mass and bucket of `count` logits.
+template <class F>
+inline void masses(const F* x, int64_t count, double m, double t, double per_unit, int64_t* weight, int32_t* bucket) {
+    int64_t j = 0;
+#ifdef TWODICE_LEVEL_AVX2
+    const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t), round = _mm256_set1_pd(kRound);
+    const __m256d last = _mm256_set1_pd(static_cast<double>(kBuckets - 1)), per = _mm256_set1_pd(per_unit);
+    for (; j + 4 <= count; j += 4) {
+        __m256d z = _mm256_sub_pd(load4(x + j), top);
+        if (t != 1.0) z = _mm256_div_pd(z, warm);
+        const __m256d scaled = _mm256_add_pd(_mm256_mul_pd(exp4(z), _mm256_set1_pd(0x1p42)), round);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + j),
+                            _mm256_sub_epi64(_mm256_castpd_si256(scaled), _mm256_set1_epi64x(kRoundBits)));
+        const __m256d at = _mm256_mul_pd(_mm256_sub_pd(_mm256_setzero_pd(), z), per);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bucket + j), _mm256_cvttpd_epi32(_mm256_min_pd(at, last)));
+    }
+#endif
+    for (; j < count; ++j) {
+        const double z = (static_cast<double>(x[j]) - m) / t, at = (0.0 - z) * per_unit;
+        weight[j] = noise_weight(z);
+        bucket[j] = static_cast<int32_t>(at < kBuckets - 1 ? at : kBuckets - 1);
+    }
+}
+
+// Sum of exp((x - m) / t), in float64 and in no promised order.
+template <class F>
+inline double sum_exp(const F* x, int64_t count, double m, double t) {
+    double sum = 0;
+    int64_t j = 0;
+#ifdef TWODICE_LEVEL_AVX2
+    const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t);
+    __m256d a = _mm256_setzero_pd();
+    for (; j + 4 <= count; j += 4) {
+        __m256d z = _mm256_sub_pd(load4(x + j), top);
+        if (t != 1.0) z = _mm256_div_pd(z, warm);
+        a = _mm256_add_pd(a, exp4(z));
+    }
+    double lanes[4];
+    _mm256_storeu_pd(lanes, a);
+    sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+#endif
+    for (; j < count; ++j) sum += noise_exp((static_cast<double>(x[j]) - m) / t);
+    return sum;
+}
+
 inline float widen_half(uint16_t h) {
     const uint32_t sign = uint32_t{h & 0x8000u} << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3FFu;
     if (exponent == 31) return bits_of<float>(sign | 0x7F800000u | (fraction << 13));
@@ -308,34 +374,99 @@ class Chain {
         return 0;
     }
 
-    int64_t total_mass() const {
-        int64_t sum = 0;
+    // Masses of the whole row, in kBuckets equal slices of z from 0 down to -30, below which every mass is 0. Four
+    // histograms side by side, since neighbours in a flat row would wait for each other's sum. Returns the total.
+    int64_t fill_buckets(int64_t* mass) const {
+        constexpr int64_t kChunk = 256;
+        int64_t weight[kChunk];
+        int32_t bucket[kChunk];
+        std::vector<int64_t>& part = s_.buckets;
+        part.assign(4 * kBuckets, 0);
         const double m = wide_max_, t = temperature_;
-        for (int64_t i = 0; i < n_; ++i) sum += noise_weight((static_cast<double>(x_[i]) - m) / t);
-        return sum;
+        for (int64_t begin = 0; begin < n_; begin += kChunk) {
+            const int64_t count = n_ - begin < kChunk ? n_ - begin : kChunk;
+            const F* const x = x_ + begin;
+            masses<F>(x, count, m, t, kBuckets / 30.0, weight, bucket);
+            for (int64_t j = 0; j < count; ++j) part[(j & 3) * kBuckets + bucket[j]] += weight[j];
+        }
+        int64_t total = 0;
+        for (int64_t i = 0; i < kBuckets; ++i) {
+            mass[i] = part[i] + part[kBuckets + i] + part[2 * kBuckets + i] + part[3 * kBuckets + i];
+            total += mass[i];
+        }
+        return total;
+    }
+
+    // Monotone in z: a later token in the order never has an earlier bucket.
+    static inline int32_t bucket_of(double z, double top, double per_unit) {
+        const double at = (top - z) * per_unit;
+        return static_cast<int32_t>(at < kBuckets - 1 ? at : kBuckets - 1);
+    }
+
+    // The bucket in which the running sum reaches `need`; `need` becomes what is still wanted of it.
+    static int64_t crossing(const int64_t* mass, int64_t& need) {
+        int64_t b = 0;
+        for (; mass[b] < need; ++b) need -= mass[b];
+        return b;
+    }
+
+    // The key of the token that crosses: one histogram of the row, then finer ones of the bucket that holds the cut,
+    // until it is small enough to sort. All sums are integers, so this is the answer of the sorted prefix.
+    Key cut_of(int64_t* mass, int64_t need) {
+        double top = 0.0, per_unit = kBuckets / 30.0;
+        int64_t b = crossing(mass, need);
+        auto& keys = list();
+        keys.clear();
+        for (int64_t block = 0; block < block_count(); ++block) {
+            if (bucket_of(z_of(s_.template maxima<F>()[block]), top, per_unit) > b) continue;
+            for (int64_t i = block * kBlock; i < block_end(block); ++i)
+                if (x_[i] > -INFINITY && bucket_of(z_of(x_[i]), top, per_unit) == b)
+                    keys.push_back(O::key(x_[i], static_cast<uint32_t>(i)));
+        }
+        for (int level = 0; level < 3 && keys.size() > 2048; ++level) {
+            top -= static_cast<double>(b) / per_unit;
+            per_unit *= kBuckets / 2;  // half: the slices overlap the bucket's ends whatever was rounded
+            std::fill(mass, mass + kBuckets, 0);
+            const double start = top + 0.25 * kBuckets / per_unit;
+            for (const Key k : keys) mass[slice(z_of(k), start, per_unit)] += noise_weight(z_of(k));
+            b = crossing(mass, need);
+            keys.erase(std::remove_if(keys.begin(), keys.end(),
+                                      [&](Key k) { return slice(z_of(k), start, per_unit) != b; }),
+                       keys.end());
+            top = start;
+        }
+        std::sort(keys.begin(), keys.end(), std::greater<Key>());
+        const int64_t length = prefix(need);
+        return keys[length - 1];
+    }
+
+    static int32_t slice(double z, double top, double per_unit) {
+        const int32_t b = bucket_of(z, top, per_unit);
+        return b < 0 ? 0 : b;
     }
 
     void top_p(double p) {
-        int64_t length = 0;
         if (have_list_) {
             sort_list();
             int64_t total = 0;
             for (const Key k : list()) total += noise_weight(z_of(k));
-            length = prefix(need_of(p, total));
-        } else {
-            const int64_t need = need_of(p, total_mass());
-            // A window of the first tokens, made wider until its mass reaches the need; a window that is the whole row
-            // reaches it always.
-            for (int64_t window = 128; length == 0; window *= 16) {
-                select(window < n_ ? window : n_, list());
-                sorted_ = false;
-                sort_list();
-                length = prefix(need);
-            }
-            have_list_ = true;
+            list().resize(prefix(need_of(p, total)));
+            cut_ = list().back();
+            return;
         }
-        list().resize(length);
-        cut_ = list().back();
+        int64_t mass[kBuckets];
+        const int64_t need = need_of(p, fill_buckets(mass));
+        cut_ = cut_of(mass, need);
+        list().clear();
+        const F bound = x_[O::index(cut_)];
+        int64_t blocks = 0;
+        for (const F m : s_.template maxima<F>()) blocks += m >= bound;
+        if (blocks > 64) return;  // too many for a list: the draw reads the row again, with the cut
+        collect(bound, list());
+        auto& keys = list();
+        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k < cut_; }), keys.end());
+        have_list_ = true;
+        sorted_ = false;
     }
 
     void min_p(double log_min_p) {
@@ -489,13 +620,7 @@ class Chain {
                 for (int64_t i = 0; i < n_; ++i)
                     if (keeps(x_[i], static_cast<uint32_t>(i))) add(z_of(x_[i]));
             if (job_.need & (kNeedTemperature | kNeedMass)) {
-                const double m = wide_max_, t = temperature_;
-                double lanes[8] = {0};
-                int64_t i = 0;
-                for (; i + 8 <= n_; i += 8)
-                    for (int j = 0; j < 8; ++j) lanes[j] += noise_exp((static_cast<double>(x_[i + j]) - m) / t);
-                for (; i < n_; ++i) lanes[0] += noise_exp((static_cast<double>(x_[i]) - m) / t);
-                for (double lane : lanes) all += lane;
+                all = sum_exp<F>(x_, n_, wide_max_, temperature_);
             }
         }
         out.logprob = z - std::log(kept);
@@ -511,13 +636,7 @@ class Chain {
         F top = -INFINITY;
         for (const F v : values) top = v > top ? v : top;
         const double m = static_cast<double>(top);
-        const int64_t n = in_.vocabulary;
-        double lanes[8] = {0}, sum = 0;
-        int64_t i = 0;
-        for (; i + 8 <= n; i += 8)
-            for (int j = 0; j < 8; ++j) lanes[j] += noise_exp(static_cast<double>(values[i + j]) - m);
-        for (; i < n; ++i) lanes[0] += noise_exp(static_cast<double>(values[i]) - m);
-        for (double lane : lanes) sum += lane;
+        const double sum = sum_exp<F>(values.data(), in_.vocabulary, m, 1.0);
         out.raw = static_cast<double>(values[out.token]) - m - std::log(sum);
     }
 
