@@ -22,7 +22,9 @@ def tiny_model(family: str = "gpt2", layers: int = 2, **settings: Any) -> nn.Mod
         if family == "gpt2":
             off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
             shape = {"n_positions": 32, "n_embd": 24, "n_layer": layers, "n_head": 4}
-            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**ends, **off, **shape, **settings}))
+            model = transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(**{**ends, **off, **shape, **settings})
+            )
         else:
             name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
             shape = {

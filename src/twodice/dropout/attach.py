@@ -403,13 +403,17 @@ def _install(model: nn.Module, state: State, found: Inventory, chosen: list[tupl
         elif place.tensor == "input":
             before = InputHook(state, site)
             if fleeting:
-                state.switches.append((module._forward_pre_hooks, RemovableHandle({}).id, before))
+                state.switches.append(
+                    (module._forward_pre_hooks, RemovableHandle(module._forward_pre_hooks).id, before)
+                )
             else:
                 removable.append(module.register_forward_pre_hook(before))
         else:
             after = OutputHook(state, site)
             if fleeting:
-                state.switches.append((module._forward_hooks, RemovableHandle({}).id, after))
+                state.switches.append(
+                    (module._forward_hooks, RemovableHandle(module._forward_hooks).id, after)
+                )
             else:
                 removable.append(module.register_forward_hook(after))
     spoken = {place.name for place, _ in chosen}

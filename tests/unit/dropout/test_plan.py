@@ -42,7 +42,12 @@ def test_mapping_objects_and_text_agree() -> None:
     text = DropoutPlan.parse("residual.mlp[0:6]=0.1, attention=early(0.1, 0.3)")
     assert DropoutPlan.parse({"residual.mlp[0:6]": 0.1, "attention": "early(0.1, 0.3)"}) == text
     assert DropoutPlan.parse({"residual": {"mlp[0:6]": 0.1}, "attention": Early(0.1, 0.3)}) == text
-    assert DropoutPlan((Entry("residual", Constant(0.1), "mlp", Layers(0, 6)), Entry("attention", Early(0.1, 0.3)))) == text
+    assert (
+        DropoutPlan(
+            (Entry("residual", Constant(0.1), "mlp", Layers(0, 6)), Entry("attention", Early(0.1, 0.3)))
+        )
+        == text
+    )
 
 
 @pytest.mark.parametrize("table", ["", "[dropout]\n"])

@@ -39,7 +39,9 @@ def test_linear_reaches_its_last_rate_at_the_last_step() -> None:
     assert parse_schedule("linear(0.3, 0.9)").rate(0, 1) == 0.3
 
 
-@pytest.mark.parametrize("text", ["linear(0.2, 0.0)", "early(0.1, 0.5)", "late(0.1, 0.5)", "linear(0.1, 0.2, 0.5)"])
+@pytest.mark.parametrize(
+    "text", ["linear(0.2, 0.0)", "early(0.1, 0.5)", "late(0.1, 0.5)", "linear(0.1, 0.2, 0.5)"]
+)
 def test_a_fraction_without_the_length_of_the_run_is_an_error(text: str) -> None:
     schedule = parse_schedule(text)
     assert schedule.needs_total
@@ -47,13 +49,20 @@ def test_a_fraction_without_the_length_of_the_run_is_an_error(text: str) -> None
         schedule.rate(0, None)
 
 
-@pytest.mark.parametrize("schedule", [Constant(0.1), Linear(0.2, 0.0), Linear(0.2, 0.1, 7), Early(0.1, 0.3), Late(0.1, 5)])
+@pytest.mark.parametrize(
+    "schedule", [Constant(0.1), Linear(0.2, 0.0), Linear(0.2, 0.1, 7), Early(0.1, 0.3), Late(0.1, 5)]
+)
 def test_text_of_a_schedule_parses_to_it(schedule: Constant | Linear | Early | Late) -> None:
     assert parse_schedule(str(schedule)) == schedule
 
 
 def test_peak_is_the_highest_rate() -> None:
-    assert [s.peak for s in (Constant(0.1), Linear(0.2, 0.3), Early(0.4, 1), Late(0.5, 1))] == [0.1, 0.3, 0.4, 0.5]
+    assert [s.peak for s in (Constant(0.1), Linear(0.2, 0.3), Early(0.4, 1), Late(0.5, 1))] == [
+        0.1,
+        0.3,
+        0.4,
+        0.5,
+    ]
 
 
 def test_threshold_counts_in_65536ths() -> None:
