@@ -11,7 +11,7 @@ END = "<|endoftext|>"
 
 
 def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> Any:
-    """A byte-level tokenizer of transformers: 256 bytes, the merges given, and an end-of-text token, in this order."""
+    """A byte-level tokenizer of transformers: 256 bytes, the merges given, an end-of-text token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
