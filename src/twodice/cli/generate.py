@@ -293,12 +293,18 @@ def _percent(value: float) -> str:
 
 
 def _print_records(one: Completion, n: int) -> None:
-    """The records of one completion as a table."""
+    """The records of one completion: a table on a terminal, one line a token elsewhere."""
+    from rich.markup import escape
     from rich.table import Table
 
     from twodice.cli.console import out
 
-    table = Table(title=f"completion {one.completion + 1} of {n}" if n > 1 else None, title_justify="left")
+    title = f"completion {one.completion + 1} of {n}" if n > 1 else None
+    if not sys.stdout.isatty():
+        for line in ([title] if title is not None else []) + [_line(record) for record in one.records]:
+            print(line)
+        return
+    table = Table(title=title, title_justify="left")
     table.add_column("at", justify="right")
     table.add_column("token", style="bold")
     table.add_column("the model", justify="right")
@@ -309,22 +315,35 @@ def _print_records(one: Completion, n: int) -> None:
     for record in one.records:
         table.add_row(
             str(record.position),
-            _quoted(record.text),
+            escape(_quoted(record.text)),
             _percent(record.probability),
             str(record.rank + 1),
             _percent(record.odds),
-            "  ".join(f"{stage.name}: {stage.kept}, {_percent(stage.mass)}" for stage in record.stages)
-            or "all",
-            "  ".join(f"{_quoted(text)} {_percent(value)}" for _, text, value in record.believed),
+            _left(record),
+            escape(_believed(record)),
         )
     out().print(table)
 
 
-def _quoted(text: str) -> Any:
-    """A token so that its spaces and line ends can be seen; not read as markup."""
-    from rich.markup import escape
+def _line(record: TokenRecord) -> str:
+    return (
+        f"{record.position:>5} {_quoted(record.text)}: the model {_percent(record.probability)}, "
+        f"rank {record.rank + 1}, odds {_percent(record.odds)}; left {_left(record)}; "
+        f"believed {_believed(record)}"
+    )
 
-    return escape(json_module.dumps(text, ensure_ascii=False))
+
+def _left(record: TokenRecord) -> str:
+    return "  ".join(f"{one.name}: {one.kept}, {_percent(one.mass)}" for one in record.stages) or "all"
+
+
+def _believed(record: TokenRecord) -> str:
+    return "  ".join(f"{_quoted(text)} {_percent(value)}" for _, text, value in record.believed)
+
+
+def _quoted(text: str) -> str:
+    """A token so that its spaces and line ends can be seen."""
+    return json_module.dumps(text, ensure_ascii=False)
 
 
 def _record(record: TokenRecord) -> dict[str, Any]:
@@ -371,7 +390,7 @@ def _document(
         "prompt": text,
         "prompt_tokens": done[0].prompt_tokens,
         "settings": {name: {"value": getattr(params, name), "from": origin[name]} for name in _CHAIN},
-        "seed": seed,
+        "seed": None if params.greedy else seed,
         "again": again,
         "completions": completions,
     }

@@ -84,16 +84,22 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 def load(source: str | Path, *, device: str = "cpu") -> Loaded:
     """Load from `source`; see `find_model` for what it may be, and ``hf:NAME`` for the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     is_hub = isinstance(source, str) and source.startswith(HUB_PREFIX)
     name = str(source)[len(HUB_PREFIX) :] if is_hub else str(find_model(source))
     options = {"trust_remote_code": False, "local_files_only": not is_hub}
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{name!r} could not be loaded: {first}") from error
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
     if is_hub:
         written = model.generation_config.to_diff_dict() if model.can_generate() else {}
     else:
