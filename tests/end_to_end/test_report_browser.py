@@ -1,4 +1,5 @@
-"""The report in a real browser: light and dark, on a telephone and on a desk, with hostile names, and on paper."""
+"""The report in a real browser: light and dark, on a telephone and on a desk, with hostile names, and on
+paper."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.support.browser import NARROW, WIDE, browser, opened
 from tests.support.report_cases import full_report, hostile_report, one_arm_one_seed, without_cross
+
 from twodice.study.report import write_report_html
 from twodice.study.schema import Report
 
@@ -33,8 +34,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-# Relative luminance and contrast as WCAG 2.2 defines them. Every text that is seen is held against the nearest opaque
-# background behind it; texts in pictures by their fill.
+# Relative luminance and contrast as WCAG 2.2 defines them. Every text that is seen is held against the
+# nearest opaque background behind it; texts in pictures by their fill.
 CONTRASTS = """() => {
   const channel = v => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
   const parse = c => (c.match(/[\\d.]+/g) || []).map(Number);
@@ -45,7 +46,8 @@ CONTRASTS = """() => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const e = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !e.getClientRects().length || ['title', 'desc'].includes(e.tagName)) continue;
+    if (!walker.currentNode.data.trim() || !e.getClientRects().length) continue;
+    if (['title', 'desc'].includes(e.tagName)) continue;
     const style = getComputedStyle(e);
     const own = parse(e.tagName === 'text' ? style.fill : style.color), back = behind(e);
     const [a, b] = [light(own), light(back)].sort((x, y) => y - x);
@@ -83,7 +85,9 @@ CLIPPED = """() => {
 
 
 @pytest.mark.parametrize(("scheme", "width"), MODES)
-def test_page_is_whole_quiet_and_legible(running: Any, files: dict[str, Path], scheme: str, width: int) -> None:
+def test_page_is_whole_quiet_and_legible(
+    running: Any, files: dict[str, Path], scheme: str, width: int
+) -> None:
     report: Report = full_report()
     with opened(running, files["full"], scheme=scheme, width=width) as (page, requests, complaints):
         assert requests == [] and complaints == []
@@ -106,15 +110,17 @@ def test_page_is_whole_quiet_and_legible(running: Any, files: dict[str, Path], s
 def test_smallest_letters_on_a_telephone_can_be_read(running: Any, files: dict[str, Path]) -> None:
     with opened(running, files["full"], width=NARROW) as (page, _, _):
         heights = page.evaluate(
-            "[...document.querySelectorAll('svg.chart text')].map(t => parseFloat(getComputedStyle(t).fontSize)"
-            " * t.getScreenCTM().a)"
+            "[...document.querySelectorAll('svg.chart text')].map("
+            "t => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a)"
         )
         assert min(heights) >= 8.5
 
 
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 @pytest.mark.parametrize("case", ["hostile", "bare", "smallest"])
-def test_odd_reports_do_not_break_the_page(running: Any, files: dict[str, Path], case: str, width: int) -> None:
+def test_odd_reports_do_not_break_the_page(
+    running: Any, files: dict[str, Path], case: str, width: int
+) -> None:
     with opened(running, files[case], width=width) as (page, requests, complaints):
         assert requests == [] and complaints == []
         assert page.title() != "owned"
@@ -135,7 +141,8 @@ def test_policy_stops_what_should_ever_get_in(running: Any, tmp_path: Path, file
 
 
 def test_marks_lie_where_their_numbers_say(running: Any, files: dict[str, Path]) -> None:
-    # Held against the browser's own layout: places of the means in the forest plot are a straight line of the values.
+    # Held against the browser's own layout: places of the means in the forest plot are a straight line of the
+    # values.
     report = full_report()
     with opened(running, files["full"]) as (page, _, _):
         places = page.evaluate(

@@ -1,4 +1,5 @@
-"""A real headless browser, offline, for the pages that twodice makes. Its absence is a counted skip, unless required."""
+"""A real headless browser, offline, for the pages that twodice makes. Its absence is a counted skip, unless
+required."""
 
 from __future__ import annotations
 

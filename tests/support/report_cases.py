@@ -1,4 +1,5 @@
-"""Reports for the tests of the page: the full example, small and odd ones, and one that tries to break out."""
+"""Reports for the tests of the page: the full example, small and odd ones, and one that tries to break
+out."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from twodice.study.schema import Report
 
 HOSTILE = (
     "<script>document.title='owned'</script>",
-    "\"><img src=https://attacker.invalid/x onerror=\"document.title='owned'\">",
+    '"><img src=https://attacker.invalid/x onerror="document.title=\'owned\'">',
     "</style></svg></title><script src=//attacker.invalid/a.js></script>",
     "{{ 7 * 7 }}{% raw %} $\\frac{1}{2}$ '\u202e\x00\x1b[31m& 名前 " + "long " * 60,
 )
@@ -30,7 +31,8 @@ def changed(report: Report, **fields: Any) -> Report:
 
 
 def hostile_report() -> Report:
-    """Every arm is named, and every text written, by somebody who wants to run a script in the reader's browser."""
+    """Every arm is named, and every text written, by somebody who wants to run a script in the reader's
+    browser."""
     report = full_report()
     renamed = dict(zip([arm.name for arm in report.arms], HOSTILE, strict=True))
 
@@ -64,8 +66,9 @@ def one_arm_one_seed() -> Report:
         if isinstance(value, dict):
             if set(value) == {"mean", "low", "high", "values"}:
                 return {"mean": value["values"][0], "low": None, "high": None, "values": value["values"][:1]}
-            return {k: (v[:1] if k in ("seeds", "steps") and isinstance(v, list) and len(v) == 5 else first(v))
-                    for k, v in value.items()}  # fmt: skip
+            return {
+                k: v[:1] if k in ("seeds", "steps") and len(v) == 5 else first(v) for k, v in value.items()
+            }
         return [first(v) for v in value] if isinstance(value, list) else value
 
     report = without_cross()

@@ -16,15 +16,14 @@ def report(
     """Make report.json and report.html of a study again from its records, byte for byte (needs no torch)."""
     from twodice.cli.console import notice
     from twodice.study.report import write_report_html
-    from twodice.study.schema import read_report
-    from twodice.study.summary import write_report_json
+    from twodice.study.summary import write_summary
 
-    data = write_report_json(folder)
+    told = write_summary(folder)
     page = write_report_html(folder)
     if json:
-        print(data.read_text(encoding="utf-8"), end="")
+        print(told.as_json(), end="")
     else:
-        print(read_report(data).answer)
+        print(told.answer)
         print(page)
     if open_page:
         import webbrowser

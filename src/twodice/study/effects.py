@@ -1,7 +1,8 @@
-"""How far each of the two dice moves each measure of the central table: paired differences over the four corners.
+"""How far each of the two dice moves each measure of the central table: paired differences over the four
+corners.
 
-Pure arithmetic on the cells of a report; knows no records and no page. Paired by training seed: the models with and
-without dropout of one seed began alike, and greedy and drawn texts of one seed come from one model.
+Pure arithmetic on the cells of a report; knows no records and no page. Paired by training seed: the models
+with and without dropout of one seed began alike, and greedy and drawn texts of one seed come from one model.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> 
         if len(models) == 2:
             pairs = [(corner.get((models[1], s)), corner.get((models[0], s))) for s in settings]
             found += _effect(field, "training", pairs)
-        found += _effect(field, "generation", [(corner.get((m, settings[0])), corner.get((m, settings[1]))) for m in models])
+        found += _effect(
+            field,
+            "generation",
+            [(corner.get((m, settings[0])), corner.get((m, settings[1]))) for m in models],
+        )
     return found
 
 

@@ -1,12 +1,13 @@
 """Which stretches of a text repeat what it said before, and which are copied from the training text.
 
-Pure functions of a text; for the eye only. The numbers of a report come from `generation.measures`, over tokens; here a
-repetition is one of four *words*, since words are what a reader sees.
+Pure functions of a text; for the eye only. The numbers of a report come from `generation.measures`, over
+tokens; here a repetition is one of four *words*, since words are what a reader sees.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -52,5 +53,5 @@ def marked(text: str, copied: tuple[int, int] = (0, 0)) -> list[Piece]:
     cuts = sorted({0, len(text), *(c for c in copied if 0 < c < len(text)), *(c for r in repeats for c in r)})
     return [
         Piece(text[a:b], any(s <= a < e for s, e in repeats), copied[0] <= a < copied[1])
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]

@@ -1,8 +1,8 @@
 """`report.json` to `report.html`: one self-contained file that asks the network for nothing.
 
-Reads the report and nothing else: the same JSON gives the same bytes, in any process, on a machine without torch. What
-is said of an arm is what the statistics said (`compare.words`); this file only lays it out. All texts, names of arms
-included, are data of others and are escaped by the template engine.
+Reads the report and nothing else: the same JSON gives the same bytes, in any process, on a machine without
+torch. What is said of an arm is what the statistics said (`compare.words`); this file only lays it out. All
+texts, names of arms included, are data of others and are escaped by the template engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from twodice.errors import DataError
-from twodice.study import charts
+from twodice.study import charts, plot_data
+from twodice.study.layout import shortened
 from twodice.study.marks import Piece, marked
 from twodice.study.schema import Arm, Effect, Estimate, Example, Report, read_report
 from twodice.study.svg import DARK, LIGHT, css_variables
@@ -77,8 +78,15 @@ def shown(estimate: Estimate, kind: str = "nats") -> Shown:
     return Shown(number(estimate.mean, kind), interval(estimate.low, estimate.high, kind))
 
 
+def _named(name: str) -> str:
+    """A name in quotes, kept short, and isolated so that letters written from the right cannot turn what
+    follows."""
+    return f"“\u2068{shortened(name, 40)}\u2069”"
+
+
 def key_figures(report: Report) -> tuple[KeyFigure, ...]:
-    """The figures at the top: the difference, the gap, what overfitting costs, and what the second die does."""
+    """The figures at the top: the difference, the gap, what overfitting costs, and what the second die
+    does."""
     arms = {arm.name: arm for arm in report.arms}
     baseline, best = arms[report.baseline], arms[report.best]
     figures = []
@@ -89,7 +97,8 @@ def key_figures(report: Report) -> tuple[KeyFigure, ...]:
                 "loss on unseen text, at the best step",
                 percent(difference.percent.mean),
                 "",
-                f"{_percent_range(difference.percent.low, difference.percent.high)} “{best.name}” against “{baseline.name}”",
+                f"{_percent_range(difference.percent.low, difference.percent.high)} "
+                f"{_named(best.name)} against {_named(baseline.name)}",
             )
         )
     else:
@@ -98,7 +107,7 @@ def key_figures(report: Report) -> tuple[KeyFigure, ...]:
                 "loss on unseen text, at the best step",
                 number(baseline.at_best.validation_nats_per_token.mean),
                 "nats",
-                f"“{baseline.name}”; no arm is shown to lower it",
+                f"{_named(baseline.name)}; no arm is shown to lower it",
             )
         )
     gap = baseline.at_end.gap_nats_per_token.mean
@@ -109,36 +118,45 @@ def key_figures(report: Report) -> tuple[KeyFigure, ...]:
                 "generalisation gap at the end, nats per token",
                 f"{gap:.2f} → {other.at_end.gap_nats_per_token.mean:.2f}".replace("-", MINUS),
                 "",
-                f"from “{baseline.name}” to “{other.name}”",
+                f"from {_named(baseline.name)} to {_named(other.name)}",
             )
         )
     else:
-        figures.append(KeyFigure("generalisation gap at the end, nats per token", f"{gap:.2f}", "", f"“{baseline.name}”"))
+        figures.append(
+            KeyFigure(
+                "generalisation gap at the end, nats per token", f"{gap:.2f}", "", f"{_named(baseline.name)}"
+            )
+        )
     figures.append(
         KeyFigure(
             "what training too long costs",
             percent(baseline.overfits_percent),
             "",
-            f"“{baseline.name}”: its loss at the end against its own best"
-            + ("" if other is None else f"; “{other.name}”: {percent(other.overfits_percent)}"),
+            f"{_named(baseline.name)}: its loss at the end against its own best"
+            + ("" if other is None else f"; {_named(other.name)}: {percent(other.overfits_percent)}"),
         )
     )
     cross = report.cross
-    greedy = None if cross is None else charts.sampling_cell(report, cross.without, cross.greedy)
-    drawn = None if cross is None else charts.sampling_cell(report, cross.without, cross.drawn)
+    greedy = None if cross is None else plot_data.sampling_cell(report, cross.without, cross.greedy)
+    drawn = None if cross is None else plot_data.sampling_cell(report, cross.without, cross.drawn)
     if cross is not None and greedy is not None and drawn is not None:
         figures.append(
             KeyFigure(
                 "repeated 4-grams in its text",
                 f"{100 * greedy.measures.rep_4.mean:.0f} → {100 * drawn.measures.rep_4.mean:.0f}",
                 "%",
-                f"“{cross.without}”: from {cross.greedy} to {cross.drawn}",
+                f"{_named(cross.without)}: from {cross.greedy} to {cross.drawn}",
             )
         )
     else:
         bits = best.at_best.validation_bits_per_byte
         figures.append(
-            KeyFigure("unseen text costs", f"{bits.mean:.2f}", "bits per byte", f"“{best.name}”, at the best step")
+            KeyFigure(
+                "unseen text costs",
+                f"{bits.mean:.2f}",
+                "bits per byte",
+                f"{_named(best.name)}, at the best step",
+            )
         )
     return tuple(figures)
 
@@ -152,7 +170,8 @@ def effect_text(effect: Effect, kind: str) -> str:
     if kind == "share":
         value = f"{signed(100 * effect.mean, 'plain1')} points"
         bracket = _percent_range(
-            None if effect.low is None else 100 * effect.low, None if effect.high is None else 100 * effect.high
+            None if effect.low is None else 100 * effect.low,
+            None if effect.high is None else 100 * effect.high,
         )
     else:
         unit = {"nats": " nats", "count": " characters"}.get(kind, "")
@@ -172,24 +191,38 @@ def is_clear(effect: Effect) -> bool:
 
 def moved_by(report: Report, measure: str) -> tuple[int, ...]:
     """Which dice are shown to move `measure`: 1 the training die, 2 the generation die."""
-    found = [] if report.cross is None else [e for e in report.cross.effects if e.measure == measure and is_clear(e)]
+    found = (
+        []
+        if report.cross is None
+        else [e for e in report.cross.effects if e.measure == measure and is_clear(e)]
+    )
     return tuple(sorted({"training": 1, "generation": 2}[e.die] for e in found))
 
 
 def cross_sentence(report: Report, measure: str, kind: str) -> str:
     """One plain sentence: which die moves `measure`, by how much."""
-    found = {e.die: e for e in (report.cross.effects if report.cross is not None else []) if e.measure == measure}
+    found = {
+        e.die: e for e in (report.cross.effects if report.cross is not None else []) if e.measure == measure
+    }
     training, generation = found.get("training"), found.get("generation")
     if measure.startswith(("validation_", "gap_")):
         if training is None:
             return "Sampling never changes it: it belongs to the model."
         moved = f"Only the training die can move it: {effect_text(training, kind)}."
-        return moved if is_clear(training) else f"Only the training die could, and it is not shown to: {effect_text(training, kind)}."
+        return (
+            moved
+            if is_clear(training)
+            else f"Only the training die could, and it is not shown to: {effect_text(training, kind)}."
+        )
     if generation is None:
         return ""
     g = effect_text(generation, kind)
     if training is None:
-        return f"The generation die moves it: {g}." if is_clear(generation) else f"The generation die is not shown to move it: {g}."
+        return (
+            f"The generation die moves it: {g}."
+            if is_clear(generation)
+            else f"The generation die is not shown to move it: {g}."
+        )
     t = effect_text(training, kind)
     if is_clear(generation) and is_clear(training):
         return f"Both dice move it: generation {g}; training {t}."
@@ -206,24 +239,39 @@ def cross_rows(report: Report) -> tuple[CrossRow, ...]:
     if cross is None:
         return ()
     arms = {arm.name: arm for arm in report.arms}
-    models = [arms[name] for name in charts.cross_arms(report)]
+    models = [arms[name] for name in plot_data.cross_arms(report)]
     rows = [
-        CrossRow(title, explained, tuple(shown(getattr(arm.at_best, field)) for arm in models), True,
-                 cross_sentence(report, field, "nats"), moved_by(report, field))
+        CrossRow(
+            title,
+            explained,
+            tuple(shown(getattr(arm.at_best, field)) for arm in models),
+            True,
+            cross_sentence(report, field, "nats"),
+            moved_by(report, field),
+        )
         for title, explained, field in (
             ("Loss on unseen text", "nats per token, at the best step", "validation_nats_per_token"),
-            ("Generalisation gap", "loss on unseen text less loss on training text, nats per token",
-             "gap_nats_per_token"),
+            (
+                "Generalisation gap",
+                "loss on unseen text less loss on training text, nats per token",
+                "gap_nats_per_token",
+            ),
         )
-    ]  # fmt: skip
-    for measure in charts.MEASURES:
+    ]
+    for measure in plot_data.MEASURES:
         cells = []
         for arm in models:
             for setting in (cross.greedy, cross.drawn):
-                cell = charts.sampling_cell(report, arm.name, setting)
-                cells.append(Shown("–", "") if cell is None else shown(getattr(cell.measures, measure.field), measure.kind))
+                cell = plot_data.sampling_cell(report, arm.name, setting)
+                cells.append(
+                    Shown("–", "")
+                    if cell is None
+                    else shown(getattr(cell.measures, measure.field), measure.kind)
+                )
         says = cross_sentence(report, measure.field, measure.kind)
-        rows.append(CrossRow(measure.title, measure.short, tuple(cells), False, says, moved_by(report, measure.field)))
+        rows.append(
+            CrossRow(measure.title, measure.short, tuple(cells), False, says, moved_by(report, measure.field))
+        )
     return tuple(rows)
 
 
@@ -242,7 +290,11 @@ def example_texts(report: Report, most: int = 3) -> tuple[Corners, ...]:
             seeds = [] if example.training_seed is None else [f"training seed {example.training_seed}"]
             if example.sampling_seed is not None:
                 seeds.append(f"sampling seed {example.sampling_seed}")
-            notes = [f"{number(example.rep_4, 'share')} of 4-grams repeat", f"{counted(length, 'character')} copied", *seeds]
+            notes = [
+                f"{number(example.rep_4, 'share')} of 4-grams repeat",
+                f"{counted(length, 'character')} copied",
+                *seeds,
+            ]
             corners.append(
                 Corner(
                     "how it really goes on" if human else example.arm,
@@ -263,7 +315,9 @@ def settings_text(arm: Arm) -> str:
 def style_sheet() -> str:
     """The page's whole CSS: the palettes of light, dark and print, then the rules."""
     rules = resources.files("twodice.study").joinpath("report.css").read_text(encoding="utf-8")
-    light, dark = (f"{_PAGE[name]} {css_variables(colours)}" for name, colours in (("light", LIGHT), ("dark", DARK)))
+    light, dark = (
+        f"{_PAGE[name]} {css_variables(colours)}" for name, colours in (("light", LIGHT), ("dark", DARK))
+    )
     paper = light.replace("--page: #f7f8fa;", "--page: #ffffff;")
     return (
         f":root {{ color-scheme: light dark; {light} }}\n"
@@ -274,20 +328,24 @@ def style_sheet() -> str:
 
 def pictures(report: Report) -> dict[str, Any]:
     """Every picture of the page as SVG, by its place in the template."""
-    curves = charts.curves_data(report)
+    curves = plot_data.curves_data(report)
     others = any(arm.at_best.difference is not None for arm in report.arms)
     # Diversity against what a setting costs: repetition (little of it is good), and the model's own surprise.
     frontiers = [
-        (name, charts.frontier_data(report, x, "distinct_2"))
+        (name, plot_data.frontier_data(report, x, "distinct_2"))
         for name, x in (("frontier-repetition", "rep_4"), ("frontier-surprise", "own_nats_per_token"))
     ]
     return {
         "validation": charts.validation_picture(curves),
         "arms": [charts.arm_picture(curves, i) for i in range(len(curves.arms))],
-        "forest": {w: charts.forest_picture(charts.forest_data(report, w)) for w in ("best", "end")} if others else {},
-        "gap": {w: charts.gap_picture(charts.gap_data(report, w)) for w in ("best", "end")},
-        "cross": [(panel, charts.cross_picture(panel)) for panel in charts.cross_panels(report)],
-        "frontiers": [(data, charts.frontier_picture(data, name)) for name, data in frontiers if data is not None],
+        "forest": {w: charts.forest_picture(plot_data.forest_data(report, w)) for w in ("best", "end")}
+        if others
+        else {},
+        "gap": {w: charts.gap_picture(plot_data.gap_data(report, w)) for w in ("best", "end")},
+        "cross": [(panel, charts.cross_picture(panel)) for panel in plot_data.cross_panels(report)],
+        "frontiers": [
+            (data, charts.frontier_picture(data, name)) for name, data in frontiers if data is not None
+        ],
     }
 
 
@@ -297,9 +355,13 @@ def _environment() -> Any:
 
     source = resources.files("twodice.study").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(
-        loader=DictLoader({"report.html.j2": source}), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=DictLoader({"report.html.j2": source}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters.update(number=number, signed=signed, percent=percent, shown=shown, listed=listed)
     environment.globals.update(counted=counted, interval=interval, settings_text=settings_text)
     return environment
@@ -311,30 +373,34 @@ def render(report: Report) -> str:
     Returns
     -------
     str
-        HTML with no script, no outside address that a browser would fetch, and a content policy that forbids both;
-        the one style sheet is allowed by its digest. A pure function of `report`.
+        HTML with no script, no outside address that a browser would fetch, and a content policy that forbids
+        both; the one style sheet is allowed by its digest. A pure function of `report`.
     """
     from markupsafe import Markup
 
     style = style_sheet()
     digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
     drawn = pictures(report)
-    numbers = charts.arm_numbers(report)
-    text: str = _environment().get_template("report.html.j2").render(
-        report=report,
-        style=Markup(style),  # ours, and it holds no "<"
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        svg=Markup,  # pictures are escaped by the XML writer that made them
-        pictures=drawn,
-        figures=key_figures(report),
-        rows=cross_rows(report),
-        models=charts.cross_arms(report),
-        texts=example_texts(report),
-        ordered=sorted(report.arms, key=lambda arm: numbers[arm.name]),
-        role={name: charts.arm_role(report, name) for name in numbers},
-        measures=charts.MEASURES,
-        untuned_is_said=any("not tuned" in note for note in report.how.notes),
-        tuned=any(arm.tuned for arm in report.arms),
+    numbers = plot_data.arm_numbers(report)
+    text: str = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            style=Markup(style),  # ours, and it holds no "<"
+            policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+            svg=Markup,  # pictures are escaped by the XML writer that made them
+            pictures=drawn,
+            figures=key_figures(report),
+            rows=cross_rows(report),
+            models=plot_data.cross_arms(report),
+            texts=example_texts(report),
+            ordered=sorted(report.arms, key=lambda arm: numbers[arm.name]),
+            role={name: plot_data.arm_role(report, name) for name in numbers},
+            measures=plot_data.MEASURES,
+            untuned_is_said=any("not tuned" in note for note in report.how.notes),
+            tuned=any(arm.tuned for arm in report.arms),
+        )
     )
     return text
 
@@ -355,7 +421,9 @@ def write_report_html(folder: Path) -> Path:
     page = render(read_report(folder / "report.json"))
     target = folder / "report.html"
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="\n", dir=folder, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="\n", dir=folder, delete=False
+        ) as file:
             file.write(page)
         os.chmod(file.name, 0o644)  # the page is meant to be shown; temporary files are born private
         os.replace(file.name, target)

@@ -1,9 +1,9 @@
 """A matplotlib figure as inline SVG: the same bytes each time, colours from CSS variables, text as text.
 
-Knows nothing of studies. A picture is drawn with *sentinel* colours, one for each role ("ink", "grid", "arm-1"); what
-matplotlib writes is then rewritten so that every sentinel becomes ``var(--role)`` and every ``style`` attribute becomes
-presentation attributes. So one picture serves light, dark and print, and a page whose content policy forbids inline
-styles can show it. A fixed `Theme` (for PNG) has true colours instead.
+Knows nothing of studies. A picture is drawn with *sentinel* colours, one for each role ("ink", "grid",
+"arm-1"); what matplotlib writes is then rewritten so that every sentinel becomes ``var(--role)`` and every
+``style`` attribute becomes presentation attributes. So one picture serves light, dark and print, and a page
+whose content policy forbids inline styles can show it. A fixed `Theme` (for PNG) has true colours instead.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ SETTINGS: dict[str, Any] = {
     "savefig.transparent": False,
 }
 
-# Okabe and Ito's colours, which stay apart under all common forms of colour blindness, darkened for text on white
-# (light) and lightened for text on near-black (dark). "arm-0" is the baseline: neutral, since all else is held against it.
+# Okabe and Ito's colours, which stay apart under all common forms of colour blindness, darkened for text on
+# white (light) and lightened for text on near-black (dark). "arm-0" is the baseline: neutral, since all else
+# is held against it.
 LIGHT: dict[str, str] = {
     "surface": "#ffffff",
     "ink": "#1b1f27",
@@ -92,7 +93,8 @@ class Theme(NamedTuple):
     name: str
     colours: Mapping[str, str]
 
-    def __getitem__(self, role: str) -> str:  # type: ignore[override]
+    def of(self, role: str) -> str:
+        """The colour of `role`."""
         return self.colours[role]
 
 
@@ -106,7 +108,9 @@ def css_variables(colours: Mapping[str, str]) -> str:
     return " ".join(f"--{role}: {colour};" for role, colour in colours.items())
 
 
-def svg_of(figure: Figure, *, name: str, title: str, description: str, data: Mapping[str, Mapping[str, Any]]) -> str:
+def svg_of(
+    figure: Figure, *, name: str, title: str, description: str, data: Mapping[str, Mapping[str, Any]]
+) -> str:
     """Inline SVG of `figure`.
 
     Parameters
@@ -118,8 +122,8 @@ def svg_of(figure: Figure, *, name: str, title: str, description: str, data: Map
     title, description
         For those who hear the page instead of seeing it.
     data
-        What was plotted, by the ``gid`` of the artist: each value becomes a ``data-`` attribute of that group, and
-        the key ``tip`` a tooltip.
+        What was plotted, by the ``gid`` of the artist: each value becomes a ``data-`` attribute of that
+        group, and the key ``tip`` a tooltip.
 
     Raises
     ------
@@ -130,9 +134,12 @@ def svg_of(figure: Figure, *, name: str, title: str, description: str, data: Map
 
     stream = io.BytesIO()
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        # The browser has letters that the layout font lacks (an arm may be named in Chinese); only widths are guessed.
+        # The browser has letters that the layout font lacks (an arm may be named in Chinese); only widths are
+        # guessed.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     root = ElementTree.fromstring(stream.getvalue().decode("utf-8"))
     _drop_style_elements(root)
     drawn = {element.get("id"): element for element in root.iter() if element.get("id")}
@@ -159,7 +166,8 @@ def png_of(figure: Figure, *, dpi: int = 144) -> bytes:
 
 
 def number_text(value: float | int | None) -> str:
-    """The one way in which a number stands in a ``data-`` attribute: `repr`, so that it can be compared exactly."""
+    """The one way in which a number stands in a ``data-`` attribute: `repr`, so that it can be compared
+    exactly."""
     return "" if value is None else repr(value)
 
 
@@ -193,8 +201,8 @@ def _drop_style_elements(root: ElementTree.Element) -> None:
 _COLOUR_TO_VARIABLE = {colour: f"var(--{role})" for role, colour in SENTINELS.items()}
 _NO_ROTATION = re.compile(r"rotate\(-?0 [^)]*\)")
 _KEPT_AS_ATTRIBUTE = frozenset(
-    "fill fill-opacity fill-rule stroke stroke-width stroke-opacity stroke-dasharray stroke-dashoffset stroke-linecap "
-    "stroke-linejoin font-size font-weight font-style text-anchor opacity".split()
+    "fill fill-opacity fill-rule stroke stroke-width stroke-opacity stroke-dasharray stroke-dashoffset "
+    "stroke-linecap stroke-linejoin font-size font-weight font-style text-anchor opacity".split()
 )
 
 

@@ -1,8 +1,9 @@
-"""Numbers as text and verdicts as sentences: what the report says, and exactly what the statistics allow it to say.
+"""Numbers as text and verdicts as sentences: what the report says, and exactly what the statistics allow it
+to say.
 
-Knows nothing of pages or pictures. A sentence never says more than its verdict: *helps* and *hurts* only where the
-adjusted interval lies on one side of zero at the best step; otherwise *cannot tell*, with how many more seeds would be
-needed, or *wins only at the end* where that is what happened.
+Knows nothing of pages or pictures. A sentence never says more than its verdict: *helps* and *hurts* only
+where the adjusted interval lies on one side of zero at the best step; otherwise *cannot tell*, with how many
+more seeds would be needed, or *wins only at the end* where that is what happened.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def number(value: float | int | None, kind: str = "nats") -> str:
     value
         None gives a dash.
     kind
-        ``nats`` (three decimals), ``share`` (0.124 as 12.4 %), ``percent`` (3.1 as 3.1 %), ``count`` (whole, or one
-        decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals).
+        ``nats`` (three decimals), ``share`` (0.124 as 12.4 %), ``percent`` (3.1 as 3.1 %), ``count`` (whole,
+        or one decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals).
     """
     if value is None:
         return "–"
