@@ -9,8 +9,8 @@ from torch import Tensor
 from twodice.sampling.params import SamplingParams
 
 KINDS = (
-    "normal", "flat", "peaked", "ties", "all equal", "one finite", "all -inf", "nan", "+inf", "gaps", "subnormal",
-    "mostly -inf", "huge", "signed zeros",
+    "normal", "flat", "peaked", "ties", "all equal", "one finite", "all -inf", "nan", "+inf", "gaps",
+    "subnormal", "mostly -inf", "huge", "signed zeros",
 )  # fmt: skip
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,8 +1,8 @@
 """Token sampling: the packed settings, the readable twin, the native call, and the choice between the two.
 
-The chain in numbered order (``docs/contracts/sampling.md``): 1 bad rows, 2 bias and allowed tokens, 3 repetition penalty,
-4 temperature, 6 top-k, 7 top-p, 8 min-p, 11 draw; the numbers between are kept free for stages to come. This file knows
-arrays and numbers, not `SamplingParams`, seeds or policies.
+The chain in numbered order (``docs/contracts/sampling.md``): 1 bad rows, 2 bias and allowed tokens, 3
+repetition penalty, 4 temperature, 6 top-k, 7 top-p, 8 min-p, 11 draw; the numbers between are kept free for
+stages to come. This file knows arrays and numbers, not `SamplingParams`, seeds or policies.
 
 Letters: R rows, V vocabulary, z the logit less the row's maximum, divided by the temperature.
 """
@@ -57,8 +57,8 @@ ROW = np.dtype(
 class Settings:
     """The settings of R rows, or of one that stands for all rows, packed for the kernels.
 
-    `rows` is a structured array of `ROW`; the sparse parts lie behind each other in the flat arrays, sorted by id
-    within a row.
+    `rows` is a structured array of `ROW`; the sparse parts lie behind each other in the flat arrays, sorted
+    by id within a row.
     """
 
     rows: npt.NDArray[Any]
@@ -105,7 +105,8 @@ class Sampled:
     status : (R,) int32 tensor
         `Status`: 0 OK, 1 NAN, 2 INFINITE (+inf among the logits), 3 EMPTY (nothing left to draw).
     seeds : tuple of int
-        The seed of each row, given or made; with it the row can be had again. (Empty from the kernels, which know keys.)
+        The seed of each row, given or made; with it the row can be had again. (Empty from the kernels, which
+        know keys.)
     logprob : (R,) float64 tensor, nats
         Log-probability of the token after the whole chain.
     raw_logprob : (R,) float64 tensor, nats
@@ -113,7 +114,8 @@ class Sampled:
     temperature_logprob : (R,) float64 tensor, nats
         After bias, penalty and temperature, before any filter.
     rank : (R,) int64 tensor
-        Tokens that stand before it in order of logit (after bias and penalty), then id: 0 is the most probable.
+        Tokens that stand before it in order of logit (after bias and penalty), then id: 0 is the most
+        probable.
     kept : (offsets, ids)
         Row i kept ``ids[offsets[i]:offsets[i + 1]]``, in order of rank.
     kept_mass : (R,) float64 tensor
@@ -149,7 +151,7 @@ def _bad_rows(x: Tensor) -> Tensor:
 
 
 def _edit(x: Tensor, settings: Settings, history: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Stages 2 and 3: bias, allowed tokens, repetition penalty. float32 arithmetic (float64 for float64 logits)."""
+    """Stages 2 and 3: bias, allowed tokens, penalty; float32 arithmetic (float64 for float64 logits)."""
     x = x.clone()
     count = len(settings.rows)
     for i in range(x.shape[0]):
@@ -290,16 +292,18 @@ def native(
     need: Sequence[str] = (),
     threads: int | None = None,
 ) -> tuple[Sampled, int]:
-    """The same chain in C++, without Python's lock, rows shared out to threads; returns also the number of bad rows.
+    """The same chain in C++, without Python's lock, rows on threads; returns also the number of bad rows.
 
-    Arguments as for `reference`, on the CPU and checked by the caller; `keys` has one entry a row, or one for all.
+    Arguments as for `reference`, on the CPU and checked by the caller; `keys` has one entry a row, or one for
+    all.
     """
     rows, vocabulary = logits.shape
     row_stride, column_stride = logits.stride()
     kind, size = _TYPES[logits.dtype]
     if threads is None:  # one row has one thread; asking torch for its number costs microseconds
         threads = torch.get_num_threads() if rows * vocabulary > _WORTH_A_THREAD and rows > 1 else 1
-    one_position, one_completion = isinstance(position, int), isinstance(completion, int)
+    at, one_at = (0, position) if isinstance(position, int) else (position.data_ptr(), 0)
+    which, one_which = (0, completion) if isinstance(completion, int) else (completion.data_ptr(), 0)
     bits = 0
     for name in need:
         bits |= _BITS[name]
@@ -321,10 +325,10 @@ def native(
         len(settings.rows),
         _address(keys),
         len(keys),
-        0 if one_position else position.data_ptr(),
-        position if one_position else 0,
-        0 if one_completion else completion.data_ptr(),
-        completion if one_completion else 0,
+        at,
+        one_at,
+        which,
+        one_which,
         0 if history is None else history[0].data_ptr(),
         0 if history is None else history[1].data_ptr(),
         bits,
@@ -357,13 +361,13 @@ def choose(
     history: tuple[Tensor, Tensor] | None,
     need: Sequence[str],
 ) -> tuple[Sampled, int | None]:
-    """Run the fastest kernel that serves these logits; the number of bad rows is None where nobody has counted."""
+    """Run the fastest kernel that serves these logits; bad rows are None where nobody has counted."""
     if dispatch.native is not None and logits.device.type == "cpu" and logits.dtype in _TYPES:
         return native(logits, settings, keys, position, completion, history, need)
     dispatch.say_once_when_slow()
     device = logits.device
     moved = None if history is None else (history[0].to(device), history[1].to(device))
     key_tensor = torch.from_numpy(keys.view(np.int64)).to(device).expand(logits.shape[0])
-    return reference(
-        logits, settings, key_tensor, position.to(device), completion.to(device), moved, need
-    ), None
+    where = torch.as_tensor(position, device=device).expand(logits.shape[0])
+    which = torch.as_tensor(completion, device=device).expand(logits.shape[0])
+    return reference(logits, settings, key_tensor, where, which, moved, need), None

@@ -1,19 +1,21 @@
 """64-bit uniforms in two levels, Gumbel noise, and the logarithm and exponential that all backends share.
 
-Every operation here is exact integer work or one of ``+ - * /`` in float64, in a stated order and without fused
-multiply-add, so that ``native/noise.hpp`` repeats it bit for bit. The file knows counters and bits; it does not know
-logits, settings or rows of a batch.
+Every operation here is exact integer work or one of ``+ - * /`` in float64, in a stated order and without
+fused multiply-add, so that ``native/noise.hpp`` repeats it bit for bit. The file knows counters and bits; it
+does not know logits, settings or rows of a batch.
 
-Letters: h the 16 leading bits of a uniform, U the whole 64-bit integer, w = (U + 1/2) / 2^64 the uniform in (0, 1),
-E = -log(1 - w) the exponential variable, g = -log(E) the Gumbel noise. A small U means a large g.
+Letters: h the 16 leading bits of a uniform, U the whole 64-bit integer, w = (U + 1/2) / 2^64 the uniform in
+(0, 1), E = -log(1 - w) the exponential variable, g = -log(E) the Gumbel noise. A small U means a large g.
 
 References
 ----------
-Salmon et al. 2011 (Philox). Gumbel-max: Gumbel 1954; Maddison, Tarlow and Minka 2014. The logarithm's coefficients are
-those of fdlibm (Sun Microsystems 1993), whose error is below one unit in the last place.
+Salmon et al. 2011 (Philox). Gumbel-max: Gumbel 1954; Maddison, Tarlow and Minka 2014. The logarithm's
+coefficients are those of fdlibm (Sun Microsystems 1993), whose error is below one unit in the last place.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,9 +108,9 @@ def weights(z: Tensor) -> Tensor:
 
 
 def leading16(
-    ids: Tensor, position: Tensor | int, completion: Tensor | int, purpose: int, key: Tensor | int
+    ids: Tensor, position: Tensor | int, completion: Tensor | int, purpose: int, key: Any
 ) -> Tensor:
-    """The 16 leading bits of each token's uniform: lane ``id % 8`` at ``(id // 8, position, completion, purpose)``.
+    """The 16 leading bits of each uniform: lane ``id % 8`` at ``(id // 8, position, completion, purpose)``.
 
     All tensors are int64 and broadcast; the result is int64 in [0, 65536).
     """
@@ -123,24 +125,24 @@ def leading16(
 
 
 def uniform64(
-    ids: Tensor, position: Tensor | int, completion: Tensor | int, purpose: int, key: Tensor | int
+    ids: Tensor, position: Tensor | int, completion: Tensor | int, purpose: int, key: Any
 ) -> Tensor:
     """The whole uniform U of each token, 64 bits held in int64 (two's complement).
 
-    *Randomness*: 16 bits from `leading16`, 48 from counter ``(id, position, completion, purpose + 2^31)``: word 0 and
-    the lower half of word 1.
+    *Randomness*: 16 bits from `leading16`, 48 from counter ``(id, position, completion, purpose + 2^31)``:
+    word 0 and the lower half of word 1.
     """
     high = leading16(ids, position, completion, purpose, key)
     words = philox4x32(ids, position, completion, purpose + SECOND_LEVEL, key)
-    low = words[0] | ((words[1] & 0xFFFF) << 32)
+    low: Tensor = words[0] | ((words[1] & 0xFFFF) << 32)
     return (high << 48) | low
 
 
 def gumbel_from_bits(u: Tensor) -> Tensor:
     """Gumbel noise of 64-bit uniforms held in int64; float64, between about -3.8 and 45.1.
 
-    ``w = (U + 1/2) / 2^64``; ``E = -log(1 - w)``; ``g = -log(E)``. Both ends are resolved to 2^-64: the lower half of U
-    takes log1p, the upper half the logarithm of ``1 - w``, which is exact because it is formed in the integers.
+    ``w = (U + 1/2) / 2^64``; ``E = -log(1 - w)``; ``g = -log(E)``. Both ends are resolved to 2^-64: the lower
+    half of U takes log1p, the upper half the logarithm of ``1 - w``, which is formed in the integers.
     """
     lower = u >= 0  # as unsigned: U < 2^63
     v = (torch.where(lower, u, ~u).to(torch.float64) + 0.5) * 2.0**-64
@@ -148,9 +150,7 @@ def gumbel_from_bits(u: Tensor) -> Tensor:
     return -log(e)
 
 
-def gumbel(
-    ids: Tensor, position: Tensor | int, completion: Tensor | int, purpose: int, key: Tensor | int
-) -> Tensor:
+def gumbel(ids: Tensor, position: Tensor | int, completion: Tensor | int, purpose: int, key: Any) -> Tensor:
     """Gumbel noise of tokens: a pure function of (key, purpose, completion, position, id).
 
     Parameters

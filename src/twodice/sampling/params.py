@@ -1,6 +1,7 @@
 """The settings of the chain: one frozen object, every range as an interval in one table.
 
-`FIELDS` is that table: docs, help texts, checks and ``generation_config.json`` read it. This module knows no logits.
+`FIELDS` is that table: docs, help texts, checks and ``generation_config.json`` read it. This module knows no
+logits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class Field:
     """What one setting may be: its interval, the value that switches it off, and its help text.
 
     `generation` is the name in ``generation_config.json``, or None where that file has no such field, and
-    `written_neutral` what stands there for "off" (transformers reads a missing field as *its* default, top_k = 50).
+    `written_neutral` what stands there for "off" (transformers reads a missing field as *its* default, top_k
+    = 50).
     """
 
     name: str
@@ -62,11 +64,13 @@ FIELDS: dict[str, Field] = {
         Field("top_k", int, -1, 2**53, False, True, 0,
               "keep exactly the k most probable tokens; None, 0 and -1 are off", "top_k", 0),
         Field("top_p", float, 0, 1, False, False, 1.0,
-              "keep the shortest run of most probable tokens whose mass reaches p; 0 keeps one, 1 is off", "top_p", 1.0),
+              "keep the shortest run of most probable tokens whose mass reaches p; 0 keeps one, 1 is off",
+              "top_p", 1.0),
         Field("min_p", float, 0, 1, False, False, 0.0,
-              "keep tokens at least this many times as probable as the most probable; 0 is off", "min_p", 0.0),
+              "keep tokens at least this many times as probable as the most probable; 0 is off",
+              "min_p", 0.0),
         Field("repetition_penalty", float, 1e-6, 1e6, False, False, 1.0,
-              "tokens that are in the sequence, prompt included: positive logits are divided by it, others multiplied",
+              "tokens of the sequence, prompt included: positive logits are divided by it, others multiplied",
               "repetition_penalty", 1.0),
         Field("logit_bias", float, -INF, 1e30, False, False, None,
               "a number that is added to the logit of each token id named; -inf bans it", None, None),
@@ -84,7 +88,7 @@ def _reject(name: str, value: object, extra: str = "") -> ConfigError:
 
 
 def _number(name: str, value: Any, part: str = "") -> float:
-    """Return `value` as the kind that the table asks for, or raise with the field, the value and the interval."""
+    """Return `value` as the kind that the table asks for, or raise with field, value and interval."""
     field = FIELDS[name]
     whole = field.kind is int
     if isinstance(value, bool) or not hasattr(value, "__index__" if whole else "__float__"):
@@ -133,16 +137,18 @@ class SamplingParams:
     temperature : float
         In [0, inf); 1 is neutral, 0 is the first argmax and uses no draw.
     top_k : int or None
-        In [-1, 2^53); exactly k tokens stay, among equal logits the lower ids. None, 0 and -1 are off; more than the
-        vocabulary is off.
+        In [-1, 2^53); exactly k tokens stay, among equal logits the lower ids. None, 0 and -1 are off; more
+        than the vocabulary is off.
     top_p : float or None
-        In [0, 1]; the shortest non-empty run in order of rank whose mass reaches p, the token that crosses included.
-        None and 1 are off. Holtzman et al. 2020, "The curious case of neural text degeneration".
+        In [0, 1]; the shortest non-empty run in order of rank whose mass reaches p, the token that crosses
+        included. None and 1 are off. Holtzman et al. 2020, "The curious case of neural text degeneration".
     min_p : float or None
-        In [0, 1]; tokens with at least min_p times the probability of the first. None and 0 are off. Nguyen et al. 2024.
+        In [0, 1]; tokens with at least min_p times the probability of the first. None and 0 are off. Nguyen
+        et al. 2024.
     repetition_penalty : float or None
-        In [1e-6, 1e6]; tokens of the history (prompt and text alike): positive logits divided, others multiplied. None
-        and 1 are off. Keskar et al. 2019 (CTRL); for negative logits as transformers does, not as the paper does.
+        In [1e-6, 1e6]; tokens of the history (prompt and text alike): positive logits divided, others
+        multiplied. None and 1 are off. Keskar et al. 2019 (CTRL); for negative logits as transformers does,
+        not as the paper does.
     logit_bias : mapping of int to float, or None
         Added to the logits before everything else, in [-inf, 1e30]. Kept as sorted pairs.
     allowed_tokens : iterable of int, or None
@@ -157,9 +163,9 @@ class SamplingParams:
 
     Notes
     -----
-    *Randomness*: the noise is a function of (seed, position, completion, token id) alone. Two rows of one call with
-    the same seed, position and completion have the same noise: give n continuations of one prompt the completions
-    0 to n - 1.
+    *Randomness*: the noise is a function of (seed, position, completion, token id) alone. Two rows of one
+    call with the same seed, position and completion have the same noise: give n continuations of one prompt
+    the completions 0 to n - 1.
     """
 
     temperature: float = 1.0
@@ -201,14 +207,16 @@ class SamplingParams:
     ) -> SamplingParams:
         """Read the sampling fields of a ``generation_config.json`` (a mapping, or transformers' object).
 
-        ``do_sample`` false, also where it is missing, means temperature 0. A missing or null ``top_k`` is *off* here: what
-        is not written is not guessed. Fields that are not about the choice of a token (lengths, special tokens) are none
-        of our business; a field that changes the choice and that we cannot serve is an error.
+        ``do_sample`` false, also where it is missing, means temperature 0. A missing or null ``top_k`` is
+        *off* here: what is not written is not guessed. Fields that are not about the choice of a token
+        (lengths, special tokens) are none of our business; a field that changes the choice and that we cannot
+        serve is an error.
 
         Raises
         ------
         ConfigError
-            If a value is out of range, or the config asks for beams, typical-p or another stage that is not there.
+            If a value is out of range, or the config asks for beams, typical-p or another stage that is not
+            there.
         """
         mapping: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         unserved = {
@@ -235,7 +243,8 @@ class SamplingParams:
         Raises
         ------
         ConfigError
-            If a setting has no place in that file (logit_bias, allowed_tokens). The seed is left out: it belongs to a request.
+            If a setting has no place in that file (logit_bias, allowed_tokens). The seed is left out: it
+            belongs to a request.
         """
         for name in ("logit_bias", "allowed_tokens"):
             if getattr(self, name) is not None:

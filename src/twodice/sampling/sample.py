@@ -90,7 +90,8 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
 
 def _history(value: History, rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
     ids, offsets = torch.as_tensor(value[0]).to(torch.int64), torch.as_tensor(value[1]).to(torch.int64)
-    # value[2], the lengths of the prompts, is for stages that do not look at the prompt; repetition looks at all of it.
+    # value[2], the lengths of the prompts, is for stages that do not look at the prompt; repetition looks at
+    # all of it.
     if ids.ndim != 1 or offsets.shape != (rows + 1,):
         raise ShapeError(
             f"history must be (ids (n,), offsets ({rows + 1},), prompt_lengths ({rows},)); "
@@ -148,8 +149,8 @@ def sample(
     need : names of `Sampled` fields
         What else to return. What is not asked for costs nothing.
     on_bad_row : "raise" or "flag"
-        For rows with NaN, with +inf, or with nothing left. "raise" is the default on the CPU; "flag" elsewhere: token -1
-        and a status, never a made-up token.
+        For rows with NaN, with +inf, or with nothing left. "raise" is the default on the CPU; "flag"
+        elsewhere: token -1 and a status, never a made-up token.
 
     Returns
     -------
@@ -164,9 +165,10 @@ def sample(
 
     Notes
     -----
-    *Randomness*: the token is the argmax of ``logit / temperature + Gumbel noise`` over what is kept, and the noise is a
-    function of (seed, position, completion, token id): no other row, no row number, no device enters. Rows that share all
-    of these share their noise. Gumbel-max: Maddison, Tarlow and Minka 2014; exactly the softmax distribution to 2^-64.
+    *Randomness*: the token is the argmax of ``logit / temperature + Gumbel noise`` over what is kept, and the
+    noise is a function of (seed, position, completion, token id): no other row, no row number, no device
+    enters. Rows that share all of these share their noise. Gumbel-max: Maddison, Tarlow and Minka 2014;
+    exactly the softmax distribution to 2^-64.
     """
     if not isinstance(logits, Tensor):
         logits = torch.as_tensor(logits)
@@ -196,7 +198,8 @@ def sample(
     packed = pack(params)
     if packed.settings.highest_id >= vocabulary:
         raise RequestError(
-            f"logit_bias and allowed_tokens must name ids in [0, {vocabulary}); got {packed.settings.highest_id}"
+            f"logit_bias and allowed_tokens must name ids in [0, {vocabulary}); "
+            f"got {packed.settings.highest_id}"
         )
     if packed.settings.penalised and history is None:
         raise RequestError("a repetition penalty needs history=(ids, offsets, prompt_lengths); got None")

@@ -1,0 +1,135 @@
+"""The native chain and the readable one give the same choices, kept sets, ranks and statuses, bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.support import sampling_rows
+
+from twodice.kernels import dispatch
+from twodice.kernels.sampling import NEEDS, Sampled
+from twodice.sampling.params import SamplingParams
+from twodice.sampling.sample import sample
+
+NATIVE = dispatch.native
+FLOATS = ("logprob", "raw_logprob", "temperature_logprob", "kept_mass", "entropy")
+VOCABULARIES = (1, 7, 8, 129, 130, 257, 1000)
+
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="no native module to compare with")
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    level = NATIVE.simd()
+    yield
+    dispatch.native = NATIVE
+    NATIVE.set_simd(level)
+
+
+def both(logits: torch.Tensor, params: object, position: object, **more: object) -> tuple[Sampled, Sampled]:
+    """The same call on the native kernels at every level (equal among themselves) and on the reference."""
+    call = lambda: sample(logits, params, position, need=NEEDS, on_bad_row="flag", **more)  # type: ignore[arg-type]  # noqa: E731
+    native = []
+    for level in NATIVE.simd_levels():
+        NATIVE.set_simd(level)
+        dispatch.native = NATIVE
+        native.append(call())
+    dispatch.native = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = call()
+    dispatch.native = NATIVE
+    for other in native[1:]:
+        assert_equal(native[0], other)
+    return native[0], reference
+
+
+def assert_equal(a: Sampled, b: Sampled) -> None:
+    assert torch.equal(a.status, b.status)
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.rank, b.rank)
+    assert torch.equal(a.kept[0], b.kept[0]) and torch.equal(a.kept[1], b.kept[1])
+    assert a.seeds == b.seeds
+    for name in FLOATS:  # sums of up to V terms in another order; everything that decides is an integer
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
+def compare(number: int) -> int:
+    vocabulary = VOCABULARIES[number % len(VOCABULARIES)]
+    rows = min((17, 8, 3, 0, 64)[number % 5], 12 if vocabulary > 500 else 64)
+    logits = sampling_rows.batch(number, rows, vocabulary)
+    params = sampling_rows.settings(number, rows, vocabulary)
+    position, completion = torch.arange(rows) + number, torch.arange(rows) % 3
+    assert_equal(
+        *both(
+            logits,
+            params,
+            position,
+            completion=completion,
+            history=sampling_rows.history(number, rows, vocabulary),
+        )
+    )
+    return rows
+
+
+def test_adversarial_rows_give_the_same_bits_on_every_backend() -> None:
+    assert sum(compare(number) for number in range(150)) > 2000
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_adversarial_rows_give_the_same_bits() -> None:
+    assert sum(compare(number) for number in range(1000, 8000)) > 100_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 4.0])
+def test_a_large_vocabulary_gives_the_same_bits(dtype: torch.dtype, sigma: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(8, 50_257, generator=generator) * sigma).to(dtype)
+    params = [
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, top_k=50),
+        SamplingParams(seed=3, top_p=0.95),
+        SamplingParams(seed=4, top_k=20_000, top_p=0.9),
+        SamplingParams(seed=5, min_p=0.02),
+        SamplingParams(seed=6, top_p=0.9999, temperature=1.7),
+        SamplingParams(seed=7, top_k=400, min_p=0.1),
+        SamplingParams(seed=8, top_p=0.3, temperature=0.2),
+    ]
+    assert_equal(*both(logits, params, 5))
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(16, 40_000, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(
+                sample(logits, [SamplingParams(seed=i, top_p=0.9) for i in range(16)], 3, need=NEEDS)
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(found[0], found[1])
+    assert_equal(found[0], found[2])
+
+
+def test_float32_copies_of_half_precision_logits_give_the_same_tokens() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(20, 500, generator=generator)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = logits.to(dtype)
+        params = [SamplingParams(seed=i, top_k=40, top_p=0.9) for i in range(20)]
+        assert_equal(sample(narrow, params, 1, need=NEEDS), sample(narrow.float(), params, 1, need=NEEDS))
+
+
+def test_every_exponent_and_sign_of_float16_is_widened_exactly() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    every = every[every.isfinite()]
+    for k in (1, 7, 64):
+        assert_equal(*both(every.reshape(2, -1), SamplingParams(seed=1, top_k=k, temperature=1e4), 0))
