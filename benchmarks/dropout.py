@@ -1,10 +1,10 @@
 """Dropout against `torch.nn.functional.dropout` and against one pass of multiply by a constant.
 
-Two numbers bound it, for each float32 element: 8 bytes of memory traffic (read 4, write 4; an ordinary store also
-reads the line that it overwrites, which makes 12) and about 3.5 vector operations with AVX2 (Philox4x32-10: 2
-products, 2 shifts and 4 exclusive ors a round, 8 full and 2 half rounds, for 4 counters of 8 lanes, so 72 / 32 = 2.3;
-then widening the mask, product, selection, load and store). Below the caches the operations bind, beyond them the
-bytes, where stores that pass the caches save the third part.
+Two numbers bound it, for each float32 element: 8 bytes of memory traffic (read 4, write 4; an ordinary store
+also reads the line that it overwrites, which makes 12) and about 3.5 vector operations with AVX2
+(Philox4x32-10: 2 products, 2 shifts and 4 exclusive ors a round, 8 full and 2 half rounds, for 4 counters of
+8 lanes, so 72 / 32 = 2.3; then widening the mask, product, selection, load and store). Below the caches the
+operations bind, beyond them the bytes, where stores that pass the caches save the third part.
 
 Run: python -m benchmarks.dropout
 """
@@ -50,9 +50,11 @@ def against_the_peer() -> list[Row]:
                 f"float32 {up.numel()} elements, forward + backward",
                 alternate(
                     {
-                        "twodice": lambda x: torch.autograd.grad(ours(x, T, 7, 3), x, up),
-                        "F.dropout": lambda x: torch.autograd.grad(torch.nn.functional.dropout(x, 0.1), x, up),
-                        "multiply": lambda x: torch.autograd.grad(torch.mul(x, 1.1), x, up),
+                        "twodice": lambda x, up=up: torch.autograd.grad(ours(x, T, 7, 3), x, up),
+                        "F.dropout": lambda x, up=up: torch.autograd.grad(
+                            torch.nn.functional.dropout(x, 0.1), x, up
+                        ),
+                        "multiply": lambda x, up=up: torch.autograd.grad(torch.mul(x, 1.1), x, up),
                     },
                     leaves,
                 ),

@@ -1,7 +1,7 @@
 """The harness of all benchmarks: the peers run in turn in one process, medians are compared as ratios.
 
-Turns alternate, so that a slow moment of the machine falls on all; inputs rotate (repeating one trains the branch
-predictor and warms the caches); buffers are the caller's business and must be alike on both sides.
+Turns alternate, so that a slow moment of the machine falls on all; inputs rotate (repeating one trains the
+branch predictor and warms the caches); buffers are the caller's business and must be alike on both sides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: seconds a call of each contender, by name; the first is ours unless `reference` says otherwise."""
+    """One comparison: seconds a call of each contender, by name."""
 
     name: str
     seconds: Mapping[str, float]
@@ -80,10 +80,12 @@ def alternate(
 
 
 def table(title: str, rows: Sequence[Row], ours: str, theirs: Sequence[str], file: Any = None) -> None:
-    """Print seconds of `ours` and how many times faster it is than each of `theirs`, with processor and threads."""
+    """Print the time of `ours` and how many times faster it is than each of `theirs`."""
     out = sys.stdout if file is None else file
     print(f"\n{title}\n{processor()}, Python {platform.python_version()}", file=out)
-    print(f"{'case':<44}{'threads':>8}{ours + ' us':>16}" + "".join(f"{'x ' + t:>22}" for t in theirs), file=out)
+    print(
+        f"{'case':<44}{'threads':>8}{ours + ' us':>16}" + "".join(f"{'x ' + t:>22}" for t in theirs), file=out
+    )
     for row in rows:
         cells = "".join(f"{row.ratio(ours, t):>22.2f}" if t in row.seconds else f"{'':>22}" for t in theirs)
         print(f"{row.name:<44}{row.threads:>8}{row.seconds[ours] * 1e6:>16.1f}{cells}", file=out)

@@ -12,11 +12,13 @@ OPTIONS = doctest.IGNORE_EXCEPTION_DETAIL | doctest.ELLIPSIS
 
 def blocks(text: str) -> list[tuple[int, str]]:
     """Line number and text of every fenced Python block."""
-    return [(text[: m.start()].count("\n") + 1, m[1]) for m in re.finditer(r"```python\n(.*?)```", text, re.S)]
+    return [
+        (text[: m.start()].count("\n") + 1, m[1]) for m in re.finditer(r"```python\n(.*?)```", text, re.S)
+    ]
 
 
 def failures(text: str) -> list[str]:
-    """What the examples of a page give that the page does not say; the blocks share their names, as a reader does."""
+    """What the examples of a page give that the page does not say; blocks share their names."""
     names: dict[str, object] = {}
     parser, runner, found = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=OPTIONS), []
     for line, code in blocks(text):

@@ -1,8 +1,9 @@
 """Dropout's decisions are as often, and as independent of each other, as they claim.
 
-Every test takes masks from a function, so that a saboteur, a broken implementation, can stand in for it and must be
-rejected. Keys are fixed, so a test that passes once passes always; the false-alarm probability below is that of
-the choice of keys. A normal deviate beyond 6 has probability 2e-9; the tests take about 100 of them: below 1e-6 in all.
+Every test takes masks from a function, so that a saboteur, a broken implementation, can stand in for it and
+must be rejected. Keys are fixed, so a test that passes once passes always; the false-alarm probability below
+is that of the choice of keys. A normal deviate beyond 6 has probability 2e-9; the tests take about 100 of
+them: below 1e-6 in all.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def same_at_every_site(p: float, step: int, key: Key) -> torch.Tensor:
 def rate_deviates(mask: Mask) -> list[float]:
     """Is the share of what is dropped t / 65536?
 
-    8 masks of 2^20 a rate. Smallest defect caught at 6 standard errors: 1.1e-3 of the rate at p = 0.5; and at p = 2^-15
+    8 masks of 2^20 a rate. Smallest defect caught at 6 standard errors: 1.1e-3 at p = 0.5; at p = 2^-15
     (t = 2; expected 256 of 8.4 million) a threshold off by one, which moves the count by 8 standard errors.
     """
     found = []
@@ -134,9 +135,11 @@ def test_the_mean_stays() -> None:
 
 
 def test_lanes_are_uniform_on_all_16_bits() -> None:
-    """Chi-square of 2^20 lanes over 65,536 values: 65,535 degrees of freedom, within 6 standard deviations (2e-9)."""
+    """Chi-square of 2^20 lanes over 65,536 values: within 6 standard deviations (2e-9)."""
     counts = torch.bincount(grid(3, Key(4)).flatten(), minlength=65536).double()
     chi = float(((counts - 16) ** 2 / 16).sum())
     assert abs(chi - 65535) < LIMIT * math.sqrt(2 * 65535)
-    reused = torch.bincount(grid(3, Key(4))[..., ::2].repeat_interleave(2, -1).flatten(), minlength=65536).double()
+    reused = torch.bincount(
+        grid(3, Key(4))[..., ::2].repeat_interleave(2, -1).flatten(), minlength=65536
+    ).double()
     assert abs(float(((reused - 16) ** 2 / 16).sum()) - 65535) > LIMIT * math.sqrt(2 * 65535)

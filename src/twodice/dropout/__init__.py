@@ -1,8 +1,9 @@
 """Floor 2: dropout as functions, and plans that put it into models from outside.
 
-The package is itself callable: ``twodice.dropout`` names both this folder and the public function, and Python binds
-the name to the folder as soon as anything below it is imported. So ``twodice.dropout(x, 0.1, key=key, step=17)`` is
-answered by `twodice.dropout.functional.dropout` whichever was imported first. Importing this package loads no torch.
+The package is itself callable: ``twodice.dropout`` names both this folder and the public function, and Python
+binds the name to the folder as soon as anything below it is imported. So ``twodice.dropout(x, 0.1, key=key,
+step=17)`` is answered by `twodice.dropout.functional.dropout` whichever was imported first. Importing this
+package loads no torch.
 """
 
 from __future__ import annotations

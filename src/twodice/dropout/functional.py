@@ -1,4 +1,5 @@
-"""Dropout as functions, for one's own models. Knows no plan and no model: a rate becomes a threshold, no more.
+"""Dropout as functions, for one's own models. Knows no plan and no model: a rate becomes a threshold, no
+more.
 
 Letters: B rows, H heads, T positions, C columns, S keys.
 """
@@ -32,28 +33,32 @@ def dropout(
     x : tensor
         float32, float64, bfloat16 or float16, with the axes that `layout` names.
     p : float or 0-dim tensor
-        Probability of *dropping*, in [0, 1]; 0 is neutral. It is rounded to 16 bits and the scale follows what it was
-        rounded to. A float is a constant: in (0, 2^-17) or (1 - 2^-17, 1) it is an error. A tensor is a value on a
-        schedule: it rounds, is not checked, and never makes ``torch.compile`` compile again.
+        Probability of *dropping*, in [0, 1]; 0 is neutral. It is rounded to 16 bits and the scale follows
+        what it was rounded to. A float is a constant: in (0, 2^-17) or (1 - 2^-17, 1) it is an error. A
+        tensor is a value on a schedule: it rounds, is not checked, and never makes ``torch.compile`` compile
+        again.
     key : Key or int
-        Names this place in the model: two places with one key drop the same units. An integer means ``Key(integer)``.
+        Names this place in the model: two places with one key drop the same units. An integer means
+        ``Key(integer)``.
     step : int or 0-dim int64 tensor
         The training step, in [0, 2^32).
     examples : int64 tensor (B,) or (B, T), optional
-        Slot of each row in the *global* batch of the step, in [0, 2^32); default 0 .. B-1, which is right for one
-        micro-batch on one rank. Otherwise ``(micro * world + rank) * B + arange(B)``, or all of them get equal masks.
+        Slot of each row in the *global* batch of the step, in [0, 2^32); default 0 .. B-1, which is right for
+        one micro-batch on one rank. Otherwise ``(micro * world + rank) * B + arange(B)``, or all of them get
+        equal masks.
     positions : int64 tensor (B, T) or (1, T), optional
         Position of each token, in [0, 2^32); default 0 .. T-1. Zeros lock the mask over positions.
     key_positions : int64 tensor (B, S) or (1, S), optional
         Only for ``bhts``: position of each key, in [0, 2^23); default 0 .. S-1.
     layout : {"btc", "tbc", "bc", "nc", "bhts", "bct", "bchw"}
-        What the axes of `x` mean: b example, t position, c feature, n example and position flattened, h head, s key.
+        What the axes of `x` mean: b example, t position, c feature, n example and position flattened, h head,
+        s key.
 
     Returns
     -------
     tensor
-        A new tensor of the shape and dtype of `x`, never `x` itself. What is dropped is +0 also where `x` is infinite
-        or NaN.
+        A new tensor of the shape and dtype of `x`, never `x` itself. What is dropped is +0 also where `x` is
+        infinite or NaN.
 
     Raises
     ------
@@ -64,13 +69,13 @@ def dropout(
 
     Notes
     -----
-    *Randomness.* Whether a unit is dropped is a pure function of (key, step, example, position, head, column), the same
-    on every backend; what is dropped at p is a subset of what is dropped at a higher p. The backward pass computes the
-    mask again and stores none.
+    *Randomness.* Whether a unit is dropped is a pure function of (key, step, example, position, head,
+    column), the same on every backend; what is dropped at p is a subset of what is dropped at a higher p. The
+    backward pass computes the mask again and stores none.
 
-    Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", section 10 (the
-    inverted form: scaling while training). Unlike `torch.nn.functional.dropout` there is no hidden generator, and the
-    scale is exact for the rate in force.
+    Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting", section 10
+    (the inverted form: scaling while training). Unlike `torch.nn.functional.dropout` there is no hidden
+    generator, and the scale is exact for the rate in force.
 
     Examples
     --------

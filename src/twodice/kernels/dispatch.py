@@ -1,8 +1,9 @@
 """Which kernels run, and why: the one place that reads ``TWODICE_KERNELS`` and loads the native module.
 
-``TWODICE_KERNELS=auto`` (the default) takes the native module where it is there, ``native`` demands it, ``reference``
-takes the readable twins. ``TWODICE_SIMD`` may lower the instruction set of the native kernels (``portable``, ``avx2``,
-``avx512``) for tests. The choice changes speed only, never a bit. This module knows no operation and no torch.
+``TWODICE_KERNELS=auto`` (the default) takes the native module where it is there, ``native`` demands it,
+``reference`` takes the readable twins. ``TWODICE_SIMD`` may lower the instruction set of the native kernels
+(``portable``, ``avx2``, ``avx512``) for tests. The choice changes speed only, never a bit. This module knows
+no operation and no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ MODES = ("auto", "native", "reference")
 def _load() -> tuple[ModuleType | None, str]:
     mode = os.environ.get("TWODICE_KERNELS", "auto")
     if mode not in MODES:
-        raise BackendError(f"TWODICE_KERNELS must be one of {', '.join(MODES)}; got {mode!r}{nearest(mode, MODES)}")
+        raise BackendError(
+            f"TWODICE_KERNELS must be one of {', '.join(MODES)}; got {mode!r}{nearest(mode, MODES)}"
+        )
     if mode == "reference":
         return None, "TWODICE_KERNELS=reference asks for the readable twins"
     try:
@@ -62,10 +65,20 @@ def why() -> str:
 
 
 def facts() -> dict[str, Any]:
-    """Return what ``twodice doctor`` shows: backend, reason, instruction sets (in use; available), hardware threads."""
-    found: dict[str, Any] = {"backend": backend(), "why": _why, "simd": None, "simd_levels": [], "threads": None}
+    """Return what ``twodice doctor`` shows: backend, reason, instruction sets, hardware threads."""
+    found: dict[str, Any] = {
+        "backend": backend(),
+        "why": _why,
+        "simd": None,
+        "simd_levels": [],
+        "threads": None,
+    }
     if native is not None:
-        found |= {"simd": native.simd(), "simd_levels": native.simd_levels(), "threads": native.hardware_threads()}
+        found |= {
+            "simd": native.simd(),
+            "simd_levels": native.simd_levels(),
+            "threads": native.hardware_threads(),
+        }
     return found
 
 

@@ -1,9 +1,9 @@
 """Dropout on a tensor with declared axes: forward, gradient, and the operation that ``torch.compile`` sees.
 
-Eager calls on the CPU go straight to the native kernel with raw addresses (a registered operation costs tens of
-microseconds a call); compiled code and fake tensors go through ``torch.ops.twodice.dropout``; everything else takes
-the readable twin in ``dropout_reference``. The choice changes speed only. This module knows no rate (only
-thresholds), no plan and no model.
+Eager calls on the CPU go straight to the native kernel with raw addresses (a registered operation costs tens
+of microseconds a call); compiled code and fake tensors go through ``torch.ops.twodice.dropout``; everything
+else takes the readable twin in ``dropout_reference``. The choice changes speed only. This module knows no
+rate (only thresholds), no plan and no model.
 
 Letters: B rows, H heads, T positions, C columns, S keys, N rows of a flattened batch.
 """
@@ -59,9 +59,11 @@ def dropout(
     step : int or 0-dim int64 tensor
         In [0, 2^32).
     examples : int64 tensor (B,) or (B, T), optional
-        Slot of each row in the global batch of the step; default 0 .. B-1. For ``nc`` (N,) or what flattens to it.
+        Slot of each row in the global batch of the step; default 0 .. B-1. For ``nc`` (N,) or what flattens
+        to it.
     positions : int64 tensor (B, T) or (1, T), optional
-        Position of each token; default 0 .. T-1. For ``nc`` it must be given, as (N,) or as what flattens to it.
+        Position of each token; default 0 .. T-1. For ``nc`` it must be given, as (N,) or as what flattens to
+        it.
     key_positions : int64 tensor (B, S) or (1, S), optional
         Only for ``bhts``: the column of each key is its position; default 0 .. S-1.
     layout : {"btc", "tbc", "bc", "nc", "bhts", "bct", "bchw"}
@@ -85,8 +87,8 @@ def dropout(
 
     Notes
     -----
-    *Randomness.* A pure function of (key, step, example, position, head, column); the backward pass computes the mask
-    again from them, and keeps no mask. Double backward is not defined.
+    *Randomness.* A pure function of (key, step, example, position, head, column); the backward pass computes
+    the mask again from them, and keeps no mask. Double backward is not defined.
     """
     bits = key.seed if isinstance(key, Key) else key_bits(key)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
@@ -100,7 +102,9 @@ def dropout(
         threshold, step = int(threshold), int(step)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         if out is not None:
-            raise ContractError("out= serves calls that need no gradient; leave it out or use torch.no_grad()")
+            raise ContractError(
+                "out= serves calls that need no gradient; leave it out or use torch.no_grad()"
+            )
         return _Dropout.apply(  # type: ignore[no-any-return]
             x, residual, threshold, bits, step, examples, positions, key_positions, layout
         )
@@ -108,7 +112,7 @@ def dropout(
 
 
 class _Dropout(torch.autograd.Function):
-    """The gradient: the same selection and scale on what comes from above. Keeps coordinates, no mask, no input."""
+    """The gradient: the same selection and scale on what comes from above. Keeps coordinates only."""
 
     @staticmethod
     def forward(
@@ -152,7 +156,9 @@ def _forward(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if x.dtype not in _CODES:
-        raise ShapeError(f"dropout serves float32, float64, bfloat16 and float16; got {x.dtype}; cast it first")
+        raise ShapeError(
+            f"dropout serves float32, float64, bfloat16 and float16; got {x.dtype}; cast it first"
+        )
     if residual is not None:
         _check_like("residual", residual, x)
     if out is not None:
@@ -171,7 +177,8 @@ def _forward(
             check_bounds(name, values)
         dispatch.say_once_when_slow()
     y = torch.empty_like(x) if out is None else out
-    return y.copy_(dropout_reference(x, threshold, key, step, where, layout, residual))
+    y.copy_(dropout_reference(x, threshold, key, step, where, layout, residual))
+    return y
 
 
 def _check_like(name: str, other: torch.Tensor, x: torch.Tensor) -> None:
@@ -197,7 +204,8 @@ def _native_forward(
     shape = sizes(x, layout)
     y = torch.empty_like(x) if out is None else out
     if threshold == ONE:
-        # 65536 does not fit the kernel's 16 bits; nothing is kept, and a sum with +0 is the residual but for -0.
+        # 65536 does not fit the kernel's 16 bits; nothing is kept, and a sum with +0 is the residual but for
+        # -0.
         return y.zero_() if residual is None else torch.add(residual, 0.0, out=y)
     into, out_of = strides(y, layout), strides(x, layout)
     over = _NO_STRIDES if residual is None else strides(residual, layout)
@@ -244,7 +252,7 @@ def _native_forward(
 
 
 def _address(values: torch.Tensor) -> tuple[int, tuple[int, int], torch.Tensor]:
-    """Where a (rows, columns) coordinate lies, its strides (0 where it is one value), and what keeps it alive."""
+    """Where a (rows, columns) coordinate lies, its strides (0 along one value), what keeps it alive."""
     values = values.to(torch.int64)
     rows, columns = values.shape
     down, along = values.stride()
@@ -312,8 +320,19 @@ def _through_operation(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     if x.dtype not in _CODES:
-        raise ShapeError(f"dropout serves float32, float64, bfloat16 and float16; got {x.dtype}; cast it first")
+        raise ShapeError(
+            f"dropout serves float32, float64, bfloat16 and float16; got {x.dtype}; cast it first"
+        )
     sizes(x, layout)
-    return _operation(
-        x, residual, _scalar(threshold), _scalar(key), _scalar(step), examples, positions, key_positions, layout
+    y: torch.Tensor = _operation(
+        x,
+        residual,
+        _scalar(threshold),
+        _scalar(key),
+        _scalar(step),
+        examples,
+        positions,
+        key_positions,
+        layout,
     )
+    return y

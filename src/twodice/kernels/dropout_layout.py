@@ -1,7 +1,7 @@
 """What the axes of a tensor mean to dropout, and the coordinates that follow.
 
-Every layout is brought to one form, (B, H, T, C): each (row, head, position) has one example, position and head,
-and the columns run along C. This module knows neither Philox nor gradients.
+Every layout is brought to one form, (B, H, T, C): each (row, head, position) has one example, position and
+head, and the columns run along C. This module knows neither Philox nor gradients.
 
 Letters: B rows, H heads, T positions, C columns, S keys, N rows of a flattened batch.
 """
@@ -43,11 +43,14 @@ class Coordinates:
 def sizes(x: torch.Tensor, layout: str) -> tuple[int, int, int, int]:
     """Return (B, H, T, C) of a tensor with that layout, or raise the error that names both."""
     if layout not in _DIMENSIONS:
-        raise ConfigError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}{nearest(layout, LAYOUTS)}")
+        raise ConfigError(
+            f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}{nearest(layout, LAYOUTS)}"
+        )
     shape = tuple(x.shape)
     if len(shape) != _DIMENSIONS[layout]:
         raise ShapeError(
-            f"layout {layout!r} needs {_DIMENSIONS[layout]} dimensions; got shape {shape}; name another layout"
+            f"layout {layout!r} needs {_DIMENSIONS[layout]} dimensions; got shape {shape}; "
+            "name another layout"
         )
     if layout == "btc":
         found = shape[0], 1, shape[1], shape[2]
@@ -69,7 +72,7 @@ def sizes(x: torch.Tensor, layout: str) -> tuple[int, int, int, int]:
 
 
 def strides(x: torch.Tensor, layout: str) -> tuple[int, int, int, int] | None:
-    """Return the strides of (B, H, T, C), or None where ``bchw`` does not join to positions with one stride."""
+    """Return the strides of (B, H, T, C), or None where h and w of ``bchw`` do not share one."""
     d = x.stride()
     if layout == "btc":
         return d[0], 0, d[1], d[2]
@@ -100,25 +103,31 @@ def from_canonical(full: torch.Tensor, layout: str, shape: torch.Size) -> torch.
 def spread(
     name: str, values: torch.Tensor, x: torch.Tensor, layout: str, rows: int, columns: int
 ) -> torch.Tensor:
-    """Return one coordinate as (B, T), (B, 1) or (1, T), or raise the error that names the shape that was needed."""
+    """Return one coordinate as (B, T), (B, 1) or (1, T), or raise the error that names the shape."""
     if values.dtype not in (torch.int64, torch.int32):
         raise ShapeError(f"{name} must be int64; got {values.dtype}")
     shape = tuple(values.shape)
     if layout == "nc":
         if values.numel() != rows:
             raise ShapeError(
-                f"layout 'nc' has {rows} rows, so {name} must have as many values (row by row, (B, T) or (N,)); "
-                f"got {shape}"
+                f"layout 'nc' has {rows} rows, so {name} must have as many values "
+                f"(row by row, (B, T) or (N,)); got {shape}"
             )
         return values.reshape(rows, 1)
     if shape == (rows,) and name == "examples":
         return values[:, None]
-    if len(shape) == 2 and shape[1] == columns and (shape[0] == rows or (shape[0] == 1 and name != "examples")):
+    if (
+        len(shape) == 2
+        and shape[1] == columns
+        and (shape[0] == rows or (shape[0] == 1 and name != "examples"))
+    ):
         return values
-    wanted = "(B,) or (B, T)" if name == "examples" else "(B, T) or (1, T)" if name == "positions" else "(B, S)"
+    wanted = (
+        "(B,) or (B, T)" if name == "examples" else "(B, T) or (1, T)" if name == "positions" else "(B, S)"
+    )
     raise ShapeError(
-        f"{name} must be {wanted} with B = {rows} and {wanted[-2]} = {columns} for x of shape {tuple(x.shape)} in "
-        f"layout {layout!r}; got {shape}"
+        f"{name} must be {wanted} with B = {rows} and {wanted[-2]} = {columns} for x of shape "
+        f"{tuple(x.shape)} in layout {layout!r}; got {shape}"
     )
 
 
@@ -134,8 +143,8 @@ def coordinates(
     if layout == "nc":
         if positions is None or examples is None:
             raise ShapeError(
-                "layout 'nc' needs examples and positions, as a flattened batch does not say where its rows stood; "
-                "give (B, T) or (N,) of each, or use layout 'bc' for rows that are examples"
+                "layout 'nc' needs examples and positions, as a flattened batch does not say where its "
+                "rows stood; give (B, T) or (N,) of each, or use layout 'bc' for rows that are examples"
             )
         if examples.numel() != B and positions.dim() == 2 and tuple(examples.shape) == (positions.shape[0],):
             examples = examples[:, None].expand(positions.shape)

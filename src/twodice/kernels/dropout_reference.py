@@ -1,7 +1,7 @@
 """The readable twin of the dropout kernel, in torch operations, on any device.
 
-``y = dtype(float32(x) * float32(65536 / (65536 - t)))`` where the lane is at least t, +0 by selection elsewhere (so
-that infinity and NaN are dropped too); float64 stays float64. This module knows no gradient.
+``y = dtype(float32(x) * float32(65536 / (65536 - t)))`` where the lane is at least t, +0 by selection
+elsewhere (so that infinity and NaN are dropped too); float64 stays float64. This module knows no gradient.
 
 Letters: B rows, H heads, T positions, C columns.
 """

@@ -1,8 +1,10 @@
-"""Dropout decisions: from a rate to a threshold, from coordinates to 16-bit lanes. The readable reference in torch.
+"""Dropout decisions: from a rate to a threshold, from coordinates to 16-bit lanes. The readable reference in
+torch.
 
-The law (``docs/contracts/randomness.md``): element (example, position, head, column) of a site at a step reads lane
-``column % 8`` of Philox at counter ``(head << 20 | column // 8, position, example, step)`` and is dropped iff the lane
-is below ``t = round(p * 65536)``. This module knows no layout of tensors and no arithmetic but the scale.
+The law (``docs/contracts/randomness.md``): element (example, position, head, column) of a site at a step
+reads lane ``column % 8`` of Philox at counter ``(head << 20 | column // 8, position, example, step)`` and is
+dropped iff the lane is below ``t = round(p * 65536)``. This module knows no layout of tensors and no
+arithmetic but the scale.
 
 Letters: B rows, H heads, T positions, C columns.
 """
@@ -34,8 +36,8 @@ def threshold(p: float, *, constant: bool = True, name: str = "p") -> int:
     p : float
         Probability of dropping, in [0, 1].
     constant : bool
-        Whether the rate is meant as it stands. A constant in (0, 2^-17) or (1 - 2^-17, 1) is an error, because 16 bits
-        would silently make it 0 or 1; a value on a schedule rounds.
+        Whether the rate is meant as it stands. A constant in (0, 2^-17) or (1 - 2^-17, 1) is an error,
+        because 16 bits would silently make it 0 or 1; a value on a schedule rounds.
     name : str
         What the message calls the rate.
 
@@ -61,9 +63,11 @@ def threshold(p: float, *, constant: bool = True, name: str = "p") -> int:
 
 
 def threshold_of_tensor(p: torch.Tensor) -> torch.Tensor:
-    """Return the threshold of a 0-dim tensor of rates as int64, by the rule of `round_rate`, without synchronising."""
+    """Return the threshold of a rate in a 0-dim tensor, by the rule of `round_rate`, as int64."""
     scaled = p.double() * ONE
-    return torch.where(scaled <= ONE // 2, torch.floor(scaled + 0.5), torch.ceil(scaled - 0.5)).to(torch.int64)
+    return torch.where(scaled <= ONE // 2, torch.floor(scaled + 0.5), torch.ceil(scaled - 0.5)).to(
+        torch.int64
+    )
 
 
 def check_bound(name: str, value: int) -> None:
@@ -106,7 +110,8 @@ def lanes(
 
     Notes
     -----
-    *Randomness.* This is the definition. `lane_grid` gives the same for consecutive columns with an eighth of the work.
+    *Randomness.* This is the definition. `lane_grid` gives the same for consecutive columns with an eighth of
+    the work.
     """
     words = philox4x32((head << 20) | (column >> 3), position, example, step, key_bits(key))
     word = (column & 7) >> 1
@@ -124,7 +129,8 @@ def lane_grid(
     head: torch.Tensor,
     columns: int,
 ) -> torch.Tensor:
-    """Return the lanes of columns 0 .. `columns` - 1: the coordinates' broadcast shape and one more dimension, last.
+    """Return the lanes of columns 0 .. `columns` - 1: the coordinates' broadcast shape and one more
+    dimension, last.
 
     Parameters and randomness as in `lanes`.
     """

@@ -20,8 +20,8 @@ class Key:
     Parameters
     ----------
     seed : int
-        Any integer in [-2^63, 2^64). A negative one means its two's complement, so ``Key(-1) == Key(2**64 - 1)``,
-        and the 64 bits of a root key are the seed itself.
+        Any integer in [-2^63, 2^64). A negative one means its two's complement, so ``Key(-1) == Key(2**64 -
+        1)``, and the 64 bits of a root key are the seed itself.
 
     Raises
     ------
@@ -54,13 +54,14 @@ class Key:
     def child(self, *names: str | int) -> Key:
         """Return the key of the stream with these names under this one.
 
-        Names, never counts: adding one stream moves no other. Each name enters with its type and its length, so
-        ``child("ab") != child("a", "b")`` and ``child(1) != child("1")``.
+        Names, never counts: adding one stream moves no other. Each name enters with its type and its length,
+        so ``child("ab") != child("a", "b")`` and ``child(1) != child("1")``.
 
         Parameters
         ----------
         *names : str or int
-            At least one name. All of them enter one hash: ``child("a", "b")`` is not ``child("a").child("b")``.
+            At least one name. All of them enter one hash: ``child("a", "b")`` is not
+            ``child("a").child("b")``.
 
         Returns
         -------

@@ -1,28 +1,23 @@
 """A keyed bijection on [0, n) with random access: the order of the data, without a list of it.
 
-Up to 2^16 elements it is the order of as many keyed 64-bit words, which makes every ordering equally likely (a small
-Feistel network only reaches the even ones). Beyond, it is a Feistel network over Z_a x Z_b with a * b just above n
-(Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), whose round function is Philox, walked along its
-cycle until it lands below n. This module knows neither what is ordered nor torch (a torch tensor is served where one
-is given).
+Up to 2^16 elements it is the order of as many keyed 64-bit words, which makes every ordering equally likely
+(a small Feistel network only reaches the even ones). Beyond, it is a Feistel network over Z_a x Z_b with a *
+b just above n (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"), whose round function is
+Philox, walked along its cycle until it lands below n. This module knows neither what is ordered nor torch (a
+torch tensor is served where one is given).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from math import isqrt
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from twodice.errors import ConfigError
 from twodice.random.keys import Key
 from twodice.random.philox import philox4x32
-
-if TYPE_CHECKING:
-    import torch
-
-    Index = TypeVar("Index", int, np.ndarray, torch.Tensor)
 
 ROUNDS = 8
 SMALL = 2**16  # up to here the order is a sorted table, kept for the last few keys
@@ -60,7 +55,7 @@ def _once(key: int, x: Any, a: int, b: int) -> Any:
     return left * b + right
 
 
-def permute(key: Key, index: Index, n: int) -> Index:
+def permute(key: Key, index: Any, n: int) -> Any:
     """Return where a keyed bijection on [0, n) sends `index`.
 
     Parameters
@@ -84,18 +79,19 @@ def permute(key: Key, index: Index, n: int) -> Index:
 
     Notes
     -----
-    *Randomness.* A pure function of (key, n, index). Above 2^16 one element costs the same wherever it stands; up to 2^16 the
-    first one pays for a table of the whole order.
+    *Randomness.* A pure function of (key, n, index). Above 2^16 one element costs the same wherever it
+    stands; up to 2^16 the first one pays for a table of the whole order.
     """
     if not 1 <= n <= 2**62:
         raise ConfigError(f"the size of a permutation must be in [1, 2^62]; got {n}")
-    if isinstance(index, int):
+    if isinstance(index, int | np.integer):
+        index = int(index)
         if not 0 <= index < n:
             raise ConfigError(f"an index must be in [0, {n}); got {index}")
         if n <= SMALL:
             return int(_table(key.value, n)[index])
         a, b = _sides(n)
-        x = _once(key.value, index, a, b)
+        x: int = _once(key.value, index, a, b)
         while x >= n:
             x = _once(key.value, x, a, b)
         return x
@@ -110,9 +106,11 @@ def permute(key: Key, index: Index, n: int) -> Index:
     if int(index.min()) < 0 or int(index.max()) >= n:
         raise ConfigError(f"indices must be in [0, {n}); got {int(index.min())} to {int(index.max())}")
     if n <= SMALL:
-        return _table(key.value, n)[index]
+        found: np.ndarray = _table(key.value, n)[index]
+        return found
     a, b = _sides(n)
-    flat = _once(key.value, index.reshape(-1).astype(np.uint64), a, b)
+    flat: np.ndarray = _once(key.value, index.reshape(-1).astype(np.uint64), a, b)
     while (outside := np.flatnonzero(flat >= n)).size:
         flat[outside] = _once(key.value, flat[outside], a, b)
-    return flat.astype(np.int64).reshape(index.shape)
+    sent: np.ndarray = flat.astype(np.int64).reshape(index.shape)
+    return sent

@@ -1,8 +1,8 @@
 """Philox4x32-10 in plain integer operations: the readable twin of ``native/philox.hpp``.
 
-The functions use only ``* >> & ^ +``, so that the same text runs on Python integers, numpy ``uint64`` arrays and torch
-``int64`` tensors, each broadcast elementwise. This module loads neither numpy nor torch and knows nothing of what
-the words are used for.
+The functions use only ``* >> & ^ +``, so that the same text runs on Python integers, numpy ``uint64`` arrays
+and torch ``int64`` tensors, each broadcast elementwise. This module loads neither numpy nor torch and knows
+nothing of what the words are used for.
 
 Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -30,8 +30,8 @@ def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, key: int) -> tuple[Any, Any, 
     Parameters
     ----------
     c0, c1, c2, c3 : int, numpy uint64 array or torch int64 tensor
-        Counter words, each in [0, 2^32), of one kind and broadcastable. Numpy scalars are not welcome (they warn when a
-        product wraps): use arrays of at least one dimension.
+        Counter words, each in [0, 2^32), of one kind and broadcastable. Numpy scalars are not welcome (they
+        warn when a product wraps): use arrays of at least one dimension.
     key : int
         64 bits; the low half is the first word.
 
@@ -42,8 +42,8 @@ def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, key: int) -> tuple[Any, Any, 
 
     Notes
     -----
-    A product of two 32-bit words wraps in a signed 64-bit tensor; its bits are right all the same, and the mask after
-    the arithmetic shift takes away the sign.
+    A product of two 32-bit words wraps in a signed 64-bit tensor; its bits are right all the same, and the
+    mask after the arithmetic shift takes away the sign.
     """
     k0, k1 = key_words(key)
     for _ in range(ROUNDS):

@@ -67,7 +67,7 @@ def test_a_rate_in_a_tensor_is_the_same_rate() -> None:
 
 @pytest.mark.parametrize("p", [-0.1, 1.2, math.nan, 1e-9, 1 - 1e-9])
 def test_a_rate_that_cannot_be_meant_is_an_error(p: float) -> None:
-    with pytest.raises(ConfigError, match="p must be|constant p"):
+    with pytest.raises(ConfigError, match=r"p must be|constant p"):
         dropout(torch.ones(1, 1, 8), p, key=KEY, step=0)
 
 

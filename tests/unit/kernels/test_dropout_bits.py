@@ -1,4 +1,5 @@
-"""The native kernel gives the bits of its readable twin: over shapes, strides, types, bounds, threads and levels.
+"""The native kernel gives the bits of its readable twin: over shapes, strides, types, bounds, threads and
+levels.
 
 In all about 10^7 decisions are compared.
 """
@@ -89,8 +90,8 @@ def test_any_stride_and_offset(level: str, monkeypatch: pytest.MonkeyPatch) -> N
     native.set_simd(level)
     big = values((6, 20, 140), torch.float32)
     views = [
-        big[:, :, 3:90], big[::2, 1::3, ::2], big.transpose(0, 2), big[:, :, :1].expand(6, 20, 50), big[1:2, 5:6, 7:],
-        big[:, 0:1].expand(6, 9, 140), big.flip(2), big.permute(1, 0, 2),
+        big[:, :, 3:90], big[::2, 1::3, ::2], big.transpose(0, 2), big[:, :, :1].expand(6, 20, 50), big[1:2,
+        5:6, 7:], big[:, 0:1].expand(6, 9, 140), big.flip(2), big.permute(1, 0, 2),
     ]  # fmt: skip
     for x in views:
         residual = values(tuple(x.shape), torch.float32, 2).transpose(0, 1).contiguous().transpose(0, 1)
@@ -100,7 +101,8 @@ def test_any_stride_and_offset(level: str, monkeypatch: pytest.MonkeyPatch) -> N
     image = values((2, 9, 6, 10), torch.float32)
     for x in (image.to(memory_format=torch.channels_last), image[:, :, ::2, ::3], image.transpose(2, 3)):
         assert same_bits(
-            kernel.dropout(x, 20000, 3, 4, layout="bchw"), reference(monkeypatch, x, 20000, 3, 4, layout="bchw")
+            kernel.dropout(x, 20000, 3, 4, layout="bchw"),
+            reference(monkeypatch, x, 20000, 3, 4, layout="bchw"),
         )
 
 
@@ -110,7 +112,13 @@ def test_given_coordinates(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = values((3, 5, 70), torch.float32)
     one = torch.tensor([0, WORD, 12])
     packed = torch.arange(15).reshape(3, 5) * 285_212_671 % 2**32
-    for examples in (None, one, packed, packed.t().contiguous().t(), one.to(torch.int64)[:, None].expand(3, 5)):
+    for examples in (
+        None,
+        one,
+        packed,
+        packed.t().contiguous().t(),
+        one.to(torch.int64)[:, None].expand(3, 5),
+    ):
         for positions in (None, packed, packed[:1], torch.arange(5, dtype=torch.int32)[None]):
             for step in (0, WORD):
                 options = {"examples": examples, "positions": positions}
@@ -126,13 +134,17 @@ def test_given_coordinates(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_columns_of_attention_are_the_positions_of_the_keys(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_of_attention_are_the_positions_of_the_keys(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     native.set_simd(level)
     x = values((2, 3, 4, 37), torch.float32)
     whole = kernel.dropout(torch.ones(2, 3, 4, 64), 30000, 8, 9, layout="bhts")
     for start in (0, 3, 8, 27):
         columns = torch.arange(start, start + 37)
-        part = kernel.dropout(torch.ones(2, 3, 4, 37), 30000, 8, 9, layout="bhts", key_positions=columns[None])
+        part = kernel.dropout(
+            torch.ones(2, 3, 4, 37), 30000, 8, 9, layout="bhts", key_positions=columns[None]
+        )
         assert torch.equal(part, whole[..., start : start + 37])
     mixed = torch.stack((torch.arange(37).flip(0), torch.arange(37) * 7919 % 2**23))
     mixed[1, 5] = 2**23 - 1
@@ -183,7 +195,7 @@ def test_the_largest_head_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_coordinates_out_of_bounds_are_named_by_both_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 3, 8)
     keys = torch.ones(2, 1, 3, 8)
-    for call in (lambda *a, **k: kernel.dropout(*a, **k), lambda *a, **k: reference(monkeypatch, *a, **k)):
+    for call in (kernel.dropout, lambda *a, **k: reference(monkeypatch, *a, **k)):
         for bad in (-1, 2**32):
             with pytest.raises(ConfigError, match="example must be in"):
                 call(x, 1, 1, 1, examples=torch.tensor([0, bad]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from twodice.kernels.dropout import dropout
 from twodice.random.draws import threshold
 from twodice.random.keys import Key
 
-SHAPES = {"btc": (2, 3, 9), "tbc": (3, 2, 9), "bc": (2, 9), "bhts": (2, 2, 3, 5), "bct": (2, 9, 3), "bchw": (2, 9, 2, 3)}
+SHAPES = {
+    "btc": (2, 3, 9),
+    "tbc": (3, 2, 9),
+    "bc": (2, 9),
+    "bhts": (2, 2, 3, 5),
+    "bct": (2, 9, 3),
+    "bchw": (2, 9, 2, 3),
+}
 
 
 @pytest.mark.parametrize("backend", ["as it is", "reference"])
@@ -24,7 +32,9 @@ def test_gradcheck_at_a_fixed_key(layout: str, backend: str, monkeypatch: pytest
     x = torch.linspace(-1, 2, math.prod(SHAPES[layout]), dtype=torch.float64).reshape(SHAPES[layout])
     residual = x.flip(0).clone().requires_grad_()
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, r: dropout(x, 20000, 7, 3, layout=layout, residual=r), (x, residual))
+    assert torch.autograd.gradcheck(
+        lambda x, r: dropout(x, 20000, 7, 3, layout=layout, residual=r), (x, residual)
+    )
 
 
 def test_the_backward_pass_selects_too() -> None:
@@ -65,7 +75,7 @@ def test_examples_changed_before_the_backward_pass_are_an_error() -> None:
 def test_masks_are_nested_in_the_rate() -> None:
     x = torch.ones(4, 8, 64)
     dropped = [dropout(x, threshold(p), 7, 3) == 0 for p in (0.0, 0.05, 0.1, 0.2, 0.5, 0.9, 1.0)]
-    assert all(bool((wide | ~narrow).all()) for narrow, wide in zip(dropped, dropped[1:], strict=False))
+    assert all(bool((wide | ~narrow).all()) for narrow, wide in pairwise(dropped))
     assert not dropped[0].any() and dropped[-1].all()
 
 
@@ -131,7 +141,11 @@ def test_out_is_written_and_may_be_the_input() -> None:
         ((2, 3, 4), {"positions": torch.arange(3)}, "positions must be"),
         ((2, 3, 4), {"key_positions": torch.zeros(2, 4).long()}, "'bhts' only"),
         ((6, 4), {"layout": "nc"}, "needs examples and positions"),
-        ((6, 4), {"layout": "nc", "examples": torch.arange(2), "positions": torch.zeros(2, 2).long()}, "6 rows"),
+        (
+            (6, 4),
+            {"layout": "nc", "examples": torch.arange(2), "positions": torch.zeros(2, 2).long()},
+            "6 rows",
+        ),
         ((2, 3, 4), {"residual": torch.ones(2, 3, 5)}, "residual must have"),
         ((2, 3, 4), {"residual": torch.ones(2, 3, 4, dtype=torch.float64)}, "residual must have"),
     ],

@@ -30,7 +30,11 @@ def test_a_lane_is_the_written_bits_of_the_written_counter() -> None:
 
 
 def test_the_grid_of_lanes_is_the_lanes() -> None:
-    example, position, head = torch.arange(3)[:, None, None], torch.arange(4)[None, None], torch.arange(2)[None, :, None]
+    example, position, head = (
+        torch.arange(3)[:, None, None],
+        torch.arange(4)[None, None],
+        torch.arange(2)[None, :, None],
+    )
     grid = lane_grid(5, 17, example, position, head, 13)
     one = lanes(5, 17, example[..., None], position[..., None], head[..., None], torch.arange(13))
     assert torch.equal(grid, one)

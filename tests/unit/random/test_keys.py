@@ -26,8 +26,9 @@ def test_a_child_is_the_written_hash() -> None:
 def test_type_length_order_and_grouping_of_names_matter() -> None:
     root = Key(0)
     children = [
-        root.child("ab"), root.child("a", "b"), root.child("a").child("b"), root.child("b", "a"), root.child("1"),
-        root.child(1), root.child(-1), root.child(""), root.child("", ""), root.child("ä"), Key(1).child("ab"),
+        root.child("ab"), root.child("a", "b"), root.child("a").child("b"), root.child("b", "a"),
+        root.child("1"), root.child(1), root.child(-1), root.child(""), root.child("", ""), root.child("ä"),
+        Key(1).child("ab"),
     ]  # fmt: skip
     assert len({child.value for child in children}) == len(children)
 

@@ -53,7 +53,7 @@ def test_every_ordering_of_a_few_is_equally_likely() -> None:
 
 
 def test_neighbours_are_sent_far_apart_beyond_the_table() -> None:
-    """n = 100,003, all n - 1 distances between the images of neighbours: the mean is n / 3 within 6 standard errors."""
+    """All n - 1 distances between the images of neighbours: their mean is n / 3 within 6 standard errors."""
     n = 100_003
     sent = permute(Key(5), np.arange(n), n)
     distance = np.abs(np.diff(sent)).mean() / n
