@@ -18,7 +18,9 @@ def blocks(text: str) -> list[tuple[int, str]]:
 
 
 def failures(text: str) -> list[str]:
-    """What the examples of a page give that the page does not say; the blocks share their names, as a reader does."""
+    """What the examples of a page give that the page does not say; the blocks share their names, as a reader
+    does.
+    """
     names: dict[str, object] = {}
     parser, runner, found = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=OPTIONS), []
     for line, code in blocks(text):

@@ -1,6 +1,7 @@
 """The same masks for any split of the batch, any recomputation and any order; other masks for anything else.
 
-Masks are compared exactly (through `Site.drop`'s inputs and outputs), losses and gradients to the order of summation.
+Masks are compared exactly (through `Site.drop`'s inputs and outputs), losses and gradients to the order
+of summation.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tests.support.tiny_models import ALL_KINDS, FAMILIES, ROWS, gradients, loss_of, tiny_model, tokens
 from torch import nn
 
 import twodice
-from tests.support.tiny_models import ALL_KINDS, FAMILIES, ROWS, gradients, loss_of, tiny_model, tokens
 from twodice.dropout import hooks
 from twodice.dropout.attach import Handle
 
@@ -45,13 +46,13 @@ def masks_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[torch
     def named(self: hooks.Site, *args: object, **kwargs: object) -> torch.Tensor:
         names.append(self.name)
         try:
-            return drop(self, *args, **kwargs)  # type: ignore[arg-type]
+            return drop(self, *args, **kwargs)
         finally:
             names.pop()
 
     def spied(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        seen.setdefault(names[-1], []).append(true(torch.ones_like(x), *args, **kwargs) > 0)  # type: ignore[arg-type]
-        return true(x, *args, **kwargs)  # type: ignore[arg-type]
+        seen.setdefault(names[-1], []).append(true(torch.ones_like(x), *args, **kwargs) > 0)
+        return true(x, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(hooks.Site, "drop", named)
@@ -233,7 +234,7 @@ def test_attention_path_is_the_model_s_own_attention_when_almost_nothing_drops(
     model = tiny_model(family, attn_implementation=attention, **window)
     for given in (None, mask):
         plain = model(input_ids=ids, attention_mask=given).logits
-        with attached(model, {"attention": 2.0**-16}, seed=1) as handle, handle.step(0):  # type: ignore[arg-type]
+        with attached(model, {"attention": 2.0**-16}, seed=1) as handle, handle.step(0):
             ours = model(input_ids=ids, attention_mask=given).logits
         where = mask.bool() if given is not None else torch.ones_like(mask).bool()
         torch.testing.assert_close(ours[where], plain[where], rtol=0, atol=2e-4)
@@ -261,7 +262,10 @@ def test_a_shared_module_has_other_masks_at_each_visit(monkeypatch: pytest.Monke
 def test_compiled_steps_have_the_masks_of_eager_ones_and_schedules_never_recompile(family: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    plan = "embedding=linear(0.5, 0.0), attention=early(0.2, 5), residual=0.1, activation=late(0.2, 9), output=0.1"
+    plan = (
+        "embedding=linear(0.5, 0.0), attention=early(0.2, 5), residual=0.1, activation=late(0.2, 9), "
+        "output=0.1"
+    )
     model, ids = tiny_model(family, layers=1), tokens(4)
     with attached(model, plan, total_steps=20) as handle:
         counter = CompileCounterWithBackend("aot_eager")

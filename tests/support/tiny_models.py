@@ -28,8 +28,8 @@ def tiny_model(family: str = "gpt2", layers: int = 2, **settings: Any) -> nn.Mod
         else:
             name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[family]
             shape = {
-                "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": layers, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "max_position_embeddings": 32,
+                "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": layers,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
             }  # fmt: skip
             config = getattr(transformers, f"{name}Config")(**{**ends, **shape, **settings})
             model = getattr(transformers, f"{name}ForCausalLM")(config)

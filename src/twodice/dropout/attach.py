@@ -76,11 +76,11 @@ class Handle:
         step : int
             Number of the step, counted from 0, in [0, 2^32).
         examples : int64 tensor, array or list (B,) or (B, T), optional
-            Slot of each row in the *global* batch of the step. Default 0 .. B-1, which is legal for one forward and one
-            rank only; else ``(micro * world + rank) * rows + arange(rows)``.
+            Slot of each row in the *global* batch of the step. Default 0 .. B-1, which is legal for one
+            forward and one rank only; else ``(micro * world + rank) * rows + arange(rows)``.
         positions : int64 tensor, array or list (B, T) or (1, T), optional
-            Position of each token. Default: ``position_ids`` of the forward, else 0 .. T-1 (behind a cache: after what
-            it holds).
+            Position of each token. Default: ``position_ids`` of the forward, else 0 .. T-1 (behind a cache:
+            after what it holds).
         draw : int
             Another draw of masks in the same step; 0 or more.
 
@@ -93,14 +93,15 @@ class Handle:
 
         Notes
         -----
-        *Randomness.* A unit is dropped by ``Key(seed).child("dropout", site, draw, visit)`` at the coordinates (step,
-        example, position, column). Masks in one step are the same for any split into micro-batches.
+        *Randomness.* A unit is dropped by ``Key(seed).child("dropout", site, draw, visit)`` at the
+        coordinates (step, example, position, column). Masks in one step are the same for any split into
+        micro-batches.
         """
         state = self._state
         if not state.attached:
             raise ContractError("a step needs an attached model; this one was detached; call attach again")
         if state.snapshot is not None or state.saved:
-            raise ContractError(f"a step must end before the next begins; another one is open")
+            raise ContractError("a step must end before the next begins; another one is open")
         snapshot = _snapshot(state, step, examples, positions, draw)
         state.switch_on()
         state.snapshot = snapshot
@@ -112,7 +113,8 @@ class Handle:
             state.switch_off()
 
     def recompute(self) -> tuple[Any, Any]:
-        """Return the two contexts that ``torch.utils.checkpoint.checkpoint(..., context_fn=handle.recompute)`` asks for.
+        """Return the two contexts that ``torch.utils.checkpoint.checkpoint(...,
+        context_fn=handle.recompute)`` asks for.
 
         Only for checkpoints of your own; those of transformers are seen without it.
         """
@@ -184,7 +186,8 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
         world = torch.distributed.get_world_size()
         if world > 1:
             raise ContractError(
-                f"a step without examples is for one rank; there are {world}, which would all get the same masks; enter it "
+                f"a step without examples is for one rank; there are {world}, which would all get the same "
+                "masks; enter it "
                 f"with examples={FORMULA}"
             )
     if draw not in state.keys:
@@ -217,7 +220,8 @@ def attach(
     Parameters
     ----------
     model : nn.Module
-        A GPT-2, Llama, Mistral or Qwen2 of transformers (in any wrapper), or any module that holds ``nn.Dropout``.
+        A GPT-2, Llama, Mistral or Qwen2 of transformers (in any wrapper), or any module that holds
+        ``nn.Dropout``.
     plan : DropoutPlan, text, mapping or path
         Which sites, which rate, on which schedule.
     seed : int
@@ -242,8 +246,8 @@ def attach(
 
     Notes
     -----
-    The model's own dropout is switched off, within a step, where the plan speaks, and left alone where it does not.
-    ``eval()`` is bit-equal to the plain model.
+    The model's own dropout is switched off, within a step, where the plan speaks, and left alone where it
+    does not. ``eval()`` is bit-equal to the plain model.
     *Randomness.* See `Handle.step`; the site's name is ``<module path>#<kind>``.
     """
     plan = DropoutPlan.parse(plan)
@@ -298,7 +302,8 @@ def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry]]:
         if not places:
             there = ", ".join(found.kinds) if found.kinds else "none"
             raise ConfigError(
-                f"{entry.kind!r} has no site in {model}; the kinds there are: {there}{nearest(entry.kind, found.kinds)}"
+                f"{entry.kind!r} has no site in {model}; the kinds there are: "
+                f"{there}{nearest(entry.kind, found.kinds)}"
             )
         if entry.place is not None and entry.kind == "dropout":
             paths = [place.path for place in places]
@@ -321,7 +326,8 @@ def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry]]:
         for place in places:
             if place.name in chosen:
                 raise ConfigError(
-                    f"each site must be spoken of once; {str(chosen[place.name][1])!r} and {str(entry)!r} both reach "
+                    f"each site must be spoken of once; {str(chosen[place.name][1])!r} and {str(entry)!r} "
+                    "both reach "
                     f"{place.name!r}"
                 )
             chosen[place.name] = place, entry
@@ -329,7 +335,8 @@ def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry]]:
         twice = f"{own.path}#dropout"
         if own.feeds in chosen and twice in chosen:
             raise ConfigError(
-                f"{str(chosen[own.feeds][1])!r} and {str(chosen[twice][1])!r} reach the same tensor at {own.path!r}; leave "
+                f"{str(chosen[own.feeds][1])!r} and {str(chosen[twice][1])!r} reach the same tensor at "
+                f"{own.path!r}; leave "
                 "one out, or narrow 'dropout' by its path"
             )
     return [chosen[place.name] for place in found.places if place.name in chosen]
@@ -350,7 +357,8 @@ def _warn_of_twins(state: State, share: Handle | nn.Module | None) -> None:
         return
     if any(other.attached and other.seed == state.seed and other.root() is not None for other in _STATES):
         warnings.warn(
-            f"another model is attached with seed {state.seed}: sites of equal name get equal masks; pass share=other if "
+            f"another model is attached with seed {state.seed}: sites of equal name get equal masks; pass "
+            "share=other if "
             "that is meant, else another seed",
             UserWarning,
             stacklevel=3,

@@ -1,8 +1,8 @@
 """Attention with keyed dropout on its weights, in the form in which transformers calls an attention function.
 
-A plain path: scores, softmax, dropout, product. It is in force only inside a step and only for the attached model,
-whose attention modules then see a copy of their config with our name in it (`shadow`). What it does not serve is
-refused by name. Knows the frame and the site, not the plan.
+A plain path: scores, softmax, dropout, product. It is in force only inside a step and only for the attached
+model, whose attention modules then see a copy of their config with our name in it (`shadow`). What it does
+not serve is refused by name. Knows the frame and the site, not the plan.
 
 Letters: B rows, H query heads, G query heads for each key head, T queries, S keys, K head width.
 """
@@ -68,7 +68,9 @@ def road_of(config: Any, eager: Callable[..., Any], where: str) -> Road:
 
 
 def shadow(config: Any, name: str, site: Site) -> Any:
-    """Return a copy of a config that names our attention function and carries the site; the config stays as it is."""
+    """Return a copy of a config that names our attention function and carries the site; the config stays as
+    it is.
+    """
     copied = copy.copy(config)
     copied.__dict__["_attn_implementation_internal"] = name
     copied.__dict__["twodice_site"] = site
@@ -95,8 +97,8 @@ def attend(
     query : tensor (B, H, T, K)
         Queries; key and value are (B, H / G, S, K).
     attention_mask : tensor or None
-        Boolean (True attends) or additive, broadcastable to (B, H, T, S); None means causal where the module is and the
-        road is ``sdpa``, else everything.
+        Boolean (True attends) or additive, broadcastable to (B, H, T, S); None means causal where the module
+        is and the road is ``sdpa``, else everything.
     scaling : float or None
         Factor of the scores; None means 1 / sqrt(K).
 
@@ -123,12 +125,14 @@ def attend(
     for name in REFUSED:
         if rest.get(name) is not None:
             raise ConfigError(
-                f"attention dropout does not serve {name!r} yet (at site {site.name!r}); leave it out of the plan"
+                f"attention dropout does not serve {name!r} yet (at site {site.name!r}); leave it out of "
+                "the plan"
             )
     B, H, T, K = query.shape
     heads, S = key.shape[1], key.shape[2]
     if H != heads:
-        # Grouped queries: head h of the queries reads key head h // G, so a view with one more axis needs no copies.
+        # Grouped queries: head h of the queries reads key head h // G, so a view with one more axis needs no
+        # copies.
         query = query.reshape(B, heads, H // heads, T, K)
         key, value = key.unsqueeze(2), value.unsqueeze(2)
     scores = torch.matmul(query * (K**-0.5 if scaling is None else scaling), key.transpose(-1, -2))
@@ -155,7 +159,9 @@ def attend(
 
 
 def _causal(frame: Frame, T: int, S: int, scores: torch.Tensor) -> torch.Tensor:
-    """The additive mask (T, S) of a causal forward, made once a frame. Query t sees key s where s <= t, as sdpa has it."""
+    """The additive mask (T, S) of a causal forward, made once a frame. Query t sees key s where s <= t, as
+    sdpa has it.
+    """
     name = (T, S, scores.dtype, scores.device)
     mask = None if torch.compiler.is_compiling() else frame.causal.get(name)
     if mask is None:
@@ -166,13 +172,16 @@ def _causal(frame: Frame, T: int, S: int, scores: torch.Tensor) -> torch.Tensor:
 
 
 def _key_positions(frame: Frame, T: int, S: int, site: str) -> torch.Tensor | None:
-    """Positions (B, S) of the keys: those of the queries, and before them what a cache holds, one by one backwards."""
+    """Positions (B, S) of the keys: those of the queries, and before them what a cache holds, one by one
+    backwards.
+    """
     positions = frame.positions
     if S == T:
         return positions
     if positions is None or S < T:
         raise ContractError(
-            f"keys must be the tokens of this forward or those of a growing cache; got {S} keys for {T} tokens at site "
+            f"keys must be the tokens of this forward or those of a growing cache; got {S} keys for {T} "
+            "tokens at site "
             f"{site!r}; train without a static cache"
         )
     if (

@@ -1,4 +1,5 @@
-"""What an audit shows: every site with its rate and schedule, live or not and why; and the dropout a model brings along.
+"""What an audit shows: every site with its rate and schedule, live or not and why; and the dropout a model
+brings along.
 
 Records first, the table from the records. Knows no torch.
 """
@@ -18,7 +19,8 @@ class SiteRecord:
     site : str
         Name of the site, or path of the model's own dropout, or field of its config.
     source : str
-        ``plan`` (a site that the plan speaks of), ``model`` (own dropout) or ``config`` (a rate that nothing reads).
+        ``plan`` (a site that the plan speaks of), ``model`` (own dropout) or ``config`` (a rate that nothing
+        reads).
     kind : str
         Kind of the plan, or what the own dropout is.
     rate : float

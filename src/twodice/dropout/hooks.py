@@ -1,7 +1,8 @@
 """What runs inside an attached model: sites, hooks, and what a step switches in the model while it lasts.
 
-The root's forward opens a frame; each site drops by its key and the frame; the recomputation of a checkpoint re-enters
-the frame of its forward. Knows the kernels only through `kernels.dropout`, and the search for sites not at all.
+The root's forward opens a frame; each site drops by its key and the frame; the recomputation of a checkpoint
+re-enters the frame of its forward. Knows the kernels only through `kernels.dropout`, and the search for sites
+not at all.
 
 Letters: B rows, T positions, C columns.
 """
@@ -71,7 +72,8 @@ class Site:
                 positions = None
             elif positions.shape[1] != (x.shape[2] if layout == "bhts" else x.shape[1]):
                 raise ShapeError(
-                    f"positions must be (B, T) with the T of the tensor at site {self.name!r}, whose shape is "
+                    f"positions must be (B, T) with the T of the tensor at site {self.name!r}, whose shape "
+                    "is "
                     f"{tuple(x.shape)}; got {tuple(positions.shape)}"
                 )
         key = (
@@ -89,7 +91,8 @@ class Site:
         wanted = "(B, T, C) or (B, C)" if self.layout is None else f"axes {self.layout!r}"
         rows = "" if frame.rows is None else f" with B = {frame.rows}, the rows of the model's input"
         raise ShapeError(
-            f"the tensor at site {self.name!r} must be {wanted}{rows}; got shape {tuple(x.shape)}; leave this site out of "
+            f"the tensor at site {self.name!r} must be {wanted}{rows}; got shape {tuple(x.shape)}; leave "
+            "this site out of "
             f"the plan, or use twodice.dropout with a layout of your own"
         )
 
@@ -115,7 +118,8 @@ class State:
         self.road: attention.Road | None = None
         self.keys: dict[int, tuple[Key, ...]] = {}
         self.attached = True
-        #: What is changed while a step runs: (mapping, name, value inside), and the same for hooks of the step alone.
+        #: What is changed while a step runs: (mapping, name, value inside), and the same for hooks of the
+        #: step alone.
         self.switches: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
         self.saved: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
         self.layers: list[dict[str, Any]] = []
@@ -133,14 +137,19 @@ class State:
     def lost(self, where: str) -> NoReturn:
         """Raise: a part of the model runs in train mode and no forward of the root is under way."""
         raise ContractError(
-            f"{where!r} runs in train mode outside a forward of the attached {self.model_name} inside a step: its masks are "
-            "not defined. In a recomputation (activation checkpointing of your own) pass context_fn=handle.recompute to "
-            "torch.utils.checkpoint.checkpoint; else call the whole model inside 'with handle.step(step, examples=...):', "
+            f"{where!r} runs in train mode outside a forward of the attached {self.model_name} inside a "
+            "step: its masks are "
+            "not defined. In a recomputation (activation checkpointing of your own) pass "
+            "context_fn=handle.recompute to "
+            "torch.utils.checkpoint.checkpoint; else call the whole model inside 'with handle.step(step, "
+            "examples=...):', "
             "or put the part into eval()"
         )
 
     def switch_on(self) -> None:
-        """Put what a step changes in force: own dropout off, attention by our function, checkpoints that re-enter."""
+        """Put what a step changes in force: own dropout off, attention by our function, checkpoints that
+        re-enter.
+        """
         saved = self.saved
         assert not saved
         if self.config is not None:
@@ -178,7 +187,8 @@ class State:
             )
         if not root.training:
             raise ContractError(
-                "the model was put into eval() between a forward and its backward pass, which computes parts of it again; "
+                "the model was put into eval() between a forward and its backward pass, which computes "
+                "parts of it again; "
                 "run backward first"
             )
         before, outside = self.frame, self.snapshot is None and not self.saved
@@ -242,7 +252,8 @@ class Hook:
         if "twodice" not in memo:
             memo["twodice"] = True
             warnings.warn(
-                "the deep copy of an attached model is detached: it has no dropout of the plan; attach it if it is to train",
+                "the deep copy of an attached model is detached: it has no dropout of the plan; attach it "
+                "if it is to train",
                 UserWarning,
                 stacklevel=2,
             )
@@ -298,12 +309,14 @@ class RootHook(Hook):
             return
         if self.generates and not torch.compiler.is_compiling() and _generating():
             raise ContractError(
-                f"generate() must run in eval mode; the attached {state.model_name} is in train mode; call model.eval() first"
+                f"generate() must run in eval mode; the attached {state.model_name} is in train mode; call "
+                "model.eval() first"
             )
         snapshot = state.snapshot
         if snapshot is None:
             raise ContractError(
-                f"a forward in train mode must run inside a step; got one of {state.model_name} outside; write "
+                f"a forward in train mode must run inside a step; got one of {state.model_name} outside; "
+                "write "
                 "'with handle.step(step, examples=...):' around forward and backward, or call model.eval()"
             )
         rows = None

@@ -1,6 +1,7 @@
 """What is dropped where, how much and when: the plan, its text and its checks. Knows no model and no tensor.
 
-A plan's text is a list of ``kind[.place][layers]=rate``: ``embedding=0.1, residual.mlp[0:6]=early(0.1, 0.3)``.
+A plan's text is a list of ``kind[.place][layers]=rate``: ``embedding=0.1, residual.mlp[0:6]=early(0.1,
+0.3)``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _LAYERS = re.compile(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*")
 
 @dataclass(frozen=True)
 class Layers:
-    """A run of layers, like a slice of a list: from `start` up to, but not with, `stop`; negative counts from the end."""
+    """A run of layers, like a slice of a list: from `start` up to, but not with, `stop`; negative counts from
+    the end.
+    """
 
     start: int | None
     stop: int | None
@@ -98,7 +101,8 @@ class Entry:
                     f"{self.kind!r} has no places to narrow it to; got {self.target!r}; write {self.kind!r}"
                 )
             raise ConfigError(
-                f"{self.kind!r} may be narrowed to {' or '.join(places)}; got {self.place!r}{nearest(self.place, places)}"
+                f"{self.kind!r} may be narrowed to {' or '.join(places)}; got "
+                f"{self.place!r}{nearest(self.place, places)}"
             )
         if self.layers is not None and not layered:
             raise ConfigError(
@@ -106,7 +110,8 @@ class Entry:
             )
         if self.kind == "residual" and self.schedule == Constant(1):
             raise ConfigError(
-                f"p must be below 1 at {self.target!r}, because all layers would be cut off for the whole run; got 1"
+                f"p must be below 1 at {self.target!r}, because all layers would be cut off for the whole "
+                "run; got 1"
             )
 
     @property
@@ -133,7 +138,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class DropoutPlan:
-    """Which sites, which rate, on which schedule. Frozen, hashable; ``str(plan)`` is text that parses to an equal plan.
+    """Which sites, which rate, on which schedule. Frozen, hashable; ``str(plan)`` is text that parses to an
+    equal plan.
 
     Parameters
     ----------
@@ -156,7 +162,8 @@ class DropoutPlan:
             for other in entries[:number]:
                 if entry.overlaps(other):
                     raise ConfigError(
-                        f"each site must be spoken of once; {str(other)!r} and {str(entry)!r} overlap; narrow one by "
+                        f"each site must be spoken of once; {str(other)!r} and {str(entry)!r} overlap; "
+                        "narrow one by "
                         "place or layers, or leave it out"
                     )
 
@@ -167,15 +174,15 @@ class DropoutPlan:
         Parameters
         ----------
         source : str, Path, mapping or DropoutPlan
-            Text such as ``"embedding=0.1, residual.mlp[0:6]=linear(0.2, 0.0)"``; ``""`` or ``"none"`` is the empty
-            plan. A mapping from targets to rates (numbers, text or schedules). A path that ends in ``.toml``: such a
-            mapping at the top level or in the table ``dropout``.
+            Text such as ``"embedding=0.1, residual.mlp[0:6]=linear(0.2, 0.0)"``; ``""`` or ``"none"`` is the
+            empty plan. A mapping from targets to rates (numbers, text or schedules). A path that ends in
+            ``.toml``: such a mapping at the top level or in the table ``dropout``.
 
         Raises
         ------
         ConfigError
-            An unknown kind, place or schedule (the nearest is named); a rate outside [0, 1] or NaN; a rate that
-            rounds to 0 or 1 without being it; entries that overlap; a kind that is not built yet.
+            An unknown kind, place or schedule (the nearest is named); a rate outside [0, 1] or NaN; a rate
+            that rounds to 0 or 1 without being it; entries that overlap; a kind that is not built yet.
         """
         if isinstance(source, DropoutPlan):
             return source

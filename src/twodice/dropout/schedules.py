@@ -1,9 +1,9 @@
 """Rates in time: how the rate of an entry of a plan follows from the step, and from nothing else.
 
-Holds the schedules, their text and the rounding of a rate to the threshold that is in force. Knows neither models nor
-tensors. Steps are counted from 0; a run of `total_steps` has the steps 0 to ``total_steps - 1``. A point in time is
-a whole number of steps, or a fraction of the run in [0, 1] written with a point: ``1`` is one step, ``1.0`` the
-whole run.
+Holds the schedules, their text and the rounding of a rate to the threshold that is in force. Knows neither
+models nor tensors. Steps are counted from 0; a run of `total_steps` has the steps 0 to ``total_steps - 1``. A
+point in time is a whole number of steps, or a fraction of the run in [0, 1] written with a point: ``1`` is
+one step, ``1.0`` the whole run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def _moment(value: object, what: str) -> int | float:
         return value
     if not 0 <= value <= 1:
         raise ConfigError(
-            f"{what} must be a fraction of the run in [0, 1] (or a whole number of steps, without a point); got {value!r}"
+            f"{what} must be a fraction of the run in [0, 1] (or a whole number of steps, without a point); "
+            f"got {value!r}"
         )
     return value
 
@@ -111,7 +112,8 @@ class Linear:
     first, last : float
         Rates in [0, 1].
     until : int, float or None
-        The step at which `last` is reached (whole steps, or a fraction of the run); None means the last step of the run.
+        The step at which `last` is reached (whole steps, or a fraction of the run); None means the last step
+        of the run.
     """
 
     first: float
@@ -139,7 +141,8 @@ class Linear:
         if self.until is None:
             if total_steps is None:
                 raise ConfigError(
-                    "linear(first, last) needs total_steps; pass it to attach, or write linear(first, last, steps)"
+                    "linear(first, last) needs total_steps; pass it to attach, or write linear(first, "
+                    "last, steps)"
                 )
             end = total_steps - 1
         else:
@@ -158,8 +161,9 @@ class Linear:
 class Early:
     """`p` before the moment `until`, 0 from there on: ``early(0.1, 0.3)``.
 
-    Liu et al. 2023, "Dropout Reduces Underfitting" (arXiv 2303.01500), section 4: dropout in the first phase makes the
-    gradients point the same way. They let the rate also fall linearly within the phase; here it is constant.
+    Liu et al. 2023, "Dropout Reduces Underfitting" (arXiv 2303.01500), section 4: dropout in the first phase
+    makes the gradients point the same way. They let the rate also fall linearly within the phase; here it is
+    constant.
 
     Parameters
     ----------
@@ -276,7 +280,8 @@ def parse_schedule(value: object) -> Schedule:
         except ConfigError as error:
             if "number is expected" in str(error):
                 raise ConfigError(
-                    f"a rate must be a number in [0, 1] or one of {', '.join(SCHEDULES)} with brackets; got {text!r}"
+                    f"a rate must be a number in [0, 1] or one of {', '.join(SCHEDULES)} with brackets; got "
+                    f"{text!r}"
                 ) from None
             raise
     name, arguments = call[1], [part for part in call[2].split(",") if part.strip()]

@@ -1,7 +1,9 @@
-"""Where a model can drop units: the table of families, the search for sites, and the dropout that a model brings along.
+"""Where a model can drop units: the table of families, the search for sites, and the dropout that a model
+brings along.
 
-Reads a model, never changes it. Knows no rate of a plan and no key. A site's name is ``<module path>#<kind>``; wrappers
-(data-parallel, compiled, checkpointed, adapters) are taken off by type and leave no trace in a path.
+Reads a model, never changes it. Knows no rate of a plan and no key. A site's name is ``<module
+path>#<kind>``; wrappers (data-parallel, compiled, checkpointed, adapters) are taken off by type and leave no
+trace in a path.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import nn
 
 from twodice.errors import ConfigError
 
-#: Wrappers by type: (module, class, attribute that holds what is wrapped). A module that is not loaded has no instance.
+#: Wrappers by type: (module, class, attribute that holds what is wrapped). A module that is not loaded has no
+#: instance.
 WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
@@ -41,9 +44,11 @@ class Family:
     home, base : str
         Module and class of the base model.
     layers, attention, mlp, last, norm : str
-        The list of blocks; in a block its attention and feed-forward; the feed-forward's last linear; the final norm.
+        The list of blocks; in a block its attention and feed-forward; the feed-forward's last linear; the
+        final norm.
     own : dict
-        Path in a block (or, with a leading dot, in the base) of an own ``nn.Dropout`` -> the kind that its tensor is.
+        Path in a block (or, with a leading dot, in the base) of an own ``nn.Dropout`` -> the kind that its
+        tensor is.
     read : dict
         Field of the config -> what reads it.
     """
@@ -138,8 +143,8 @@ class Place:
 class OwnDropout:
     """Dropout that the model brings along.
 
-    ``feeds`` is the name of the site whose tensor it drops, or None; ``called`` says that the module runs (GPT-2's
-    ``attn_dropout`` only carries a number for the attention function).
+    ``feeds`` is the name of the site whose tensor it drops, or None; ``called`` says that the module runs
+    (GPT-2's ``attn_dropout`` only carries a number for the attention function).
     """
 
     path: str
@@ -228,7 +233,8 @@ def find(model: nn.Module) -> Inventory:
     bases = [(path, module, family) for path, module in modules if (family := _family_of(module)) is not None]
     if len(bases) > 1:
         raise ConfigError(
-            f"attach serves one language model at a time; found {', '.join(repr(p) for p, _, _ in bases)}; attach to each"
+            f"attach serves one language model at a time; found {', '.join(repr(p) for p, _, _ in bases)}; "
+            "attach to each"
         )
     if not bases:
         found = Inventory(root, root, None, None)
@@ -286,7 +292,8 @@ def _sites_of_family(found: Inventory, path: str, blocks: list[nn.Module]) -> No
             at = _join(path, where[1:]) if number is None else _join(path, family.layers, str(number), where)
             own = _at(block, where.removeprefix("."))
             called = kind != "attention"
-            # A model may be built with something else in this place (nn.Identity, say): then there is nothing to tell.
+            # A model may be built with something else in this place (nn.Identity, say): then there is nothing
+            # to tell.
             if isinstance(own, nn.Dropout):
                 found.own.append(OwnDropout(at, own, own.p, site(kind, number), called=called))
     if "attention_dropout" in family.read:

@@ -1,4 +1,5 @@
-"""One step of training as the sites see it: the snapshot that is entered, and the frame of one forward of the root.
+"""One step of training as the sites see it: the snapshot that is entered, and the frame of one forward of the
+root.
 
 A snapshot holds what the masks of a step are a function of; a frame adds what one forward adds: its rows, its
 positions and how often each site was visited. Knows neither hooks nor models.
@@ -21,7 +22,8 @@ FORMULA = "(micro * world + rank) * rows + arange(rows)"
 
 @dataclass(eq=False)
 class Snapshot:
-    """What the masks of one step are a function of. Nothing in it changes after it was made, but the count of forwards.
+    """What the masks of one step are a function of. Nothing in it changes after it was made, but the count of
+    forwards.
 
     Attributes
     ----------
@@ -120,7 +122,8 @@ def open_frame(snapshot: Snapshot, rows: int | None, sites: int) -> Frame:
     if snapshot.examples is None:
         if snapshot.forwards > 0:
             raise ContractError(
-                "a step without examples is for one forward only, because a second one would get the same masks; "
+                "a step without examples is for one forward only, because a second one would get the same "
+                "masks; "
                 f"enter it with examples={FORMULA}"
             )
         snapshot.forwards += 1
@@ -135,7 +138,8 @@ def set_rows(frame: Frame, rows: int) -> None:
     examples = frame.snapshot.examples
     if examples is not None and examples.shape[0] != rows:
         raise ShapeError(
-            f"examples must have one entry for each row of the forward ({rows}); got {tuple(examples.shape)}; "
+            f"examples must have one entry for each row of the forward ({rows}); got "
+            f"{tuple(examples.shape)}; "
             f"the slots of a micro-batch are {FORMULA}"
         )
     frame.rows = rows

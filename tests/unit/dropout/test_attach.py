@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.tiny_models import ALL_KINDS, FAMILIES, gradients, loss_of, tiny_model, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import twodice
-from tests.support.tiny_models import ALL_KINDS, FAMILIES, gradients, loss_of, tiny_model, tokens
 from twodice.dropout.attach import attach
 from twodice.errors import ConfigError, ContractError, ShapeError
 

@@ -72,12 +72,21 @@ def test_threshold_counts_in_65536ths() -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("early(0.1)", "takes 2"), ("linear(0.1, 0.2, 0.3, 0.4)", "2 or 3"), ("erly(0.1, 2)", "did you mean 'early'"),
-        ("cosine(0.1, 0.2)", "not built yet"), ("early", "brackets"), ("early(0.1, -3)", "0 steps or more"),
-        ("early(0.1, 1.5)", "fraction"), ("early(nan, 3)", r"in \[0, 1\]"), ("linear(0.1, 2)", r"in \[0, 1\]"),
-        (float("nan"), r"in \[0, 1\]"), (True, "a number"), ([0.1], "a number"), ("late(0.1, x)", "number is expected"),
+        ("early(0.1)", "takes 2"),
+        ("linear(0.1, 0.2, 0.3, 0.4)", "2 or 3"),
+        ("erly(0.1, 2)", "did you mean 'early'"),
+        ("cosine(0.1, 0.2)", "not built yet"),
+        ("early", "brackets"),
+        ("early(0.1, -3)", "0 steps or more"),
+        ("early(0.1, 1.5)", "fraction"),
+        ("early(nan, 3)", r"in \[0, 1\]"),
+        ("linear(0.1, 2)", r"in \[0, 1\]"),
+        (float("nan"), r"in \[0, 1\]"),
+        (True, "a number"),
+        ([0.1], "a number"),
+        ("late(0.1, x)", "number is expected"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(value: object, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_schedule(value)
