@@ -169,7 +169,7 @@ def place_label(ax: Axes, text: str, x: float, y: float, colour: str, taken: lis
         left = px + dx - {"left": 0.0, "right": width, "center": width / 2}[ha]
         box = (left, py + dy - height / 2, left + width, py + dy + height / 2)
         inside = (
-            box[0] >= frame.x0 - 30
+            box[0] >= frame.x0 - 2
             and box[2] <= frame.x1 + 14
             and box[1] >= frame.y0 + 2
             and box[3] <= frame.y1 + 8

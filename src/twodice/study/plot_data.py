@@ -320,10 +320,10 @@ def cross_panels(report: Report) -> tuple[CrossPanel, ...]:
                 lines.append(CrossLine(arm, arm_role(report, arm), cells))
         if lines:
             values = [v for line in lines for cell in line.cells for v in cell]
-            # Zero means "none" in all of these measures, so the axis begins there: no difference looks larger
-            # than it is.
-            low, high = layout.limits(values, include=[0.0])
-            low = 0.0 if min(v for v in values if v is not None) >= 0 else low
+            # Zero means "none" in all of these measures: the axis begins there, so that no difference looks
+            # larger than it is, and an interval that reaches below is cut.
+            high = layout.limits(values, include=[0.0])[1]
+            low = 0.0
             panels.append(
                 CrossPanel(measure.field, measure.title, measure.kind, columns, tuple(lines), (low, high))
             )
@@ -384,6 +384,6 @@ def frontier_data(report: Report, x: str = "rep_4", y: str = "distinct_2") -> Fr
         kind_x=by_name[x].kind,
         kind_y=by_name[y].kind,
         series=tuple(series),
-        x_limits=layout.limits(p.x for p in points_all),
+        x_limits=layout.limits((p.x for p in points_all), pad=0.1),
         y_limits=layout.limits(p.y for p in points_all),
     )

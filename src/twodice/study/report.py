@@ -67,10 +67,11 @@ class Corner(NamedTuple):
 
 
 class Corners(NamedTuple):
-    """The texts that continue one prompt."""
+    """The texts that continue one prompt: the four corners, how it really goes on, all other settings."""
 
     prompt: str
     corners: tuple[Corner, ...]
+    others: tuple[Corner, ...]
 
 
 def shown(estimate: Estimate, kind: str = "nats") -> Shown:
@@ -275,35 +276,44 @@ def cross_rows(report: Report) -> tuple[CrossRow, ...]:
     return tuple(rows)
 
 
+def _corner(example: Example) -> Corner:
+    if example.setting == "human":
+        pieces = tuple(marked(example.text))
+        return Corner("how it really goes on", "held-out text", pieces, "")
+    length = example.longest_copied_characters
+    notes = ["nothing but blanks"] if not example.text.strip() else []
+    notes += [
+        f"{number(example.rep_4, 'share')} of 4-grams repeat",
+        f"{counted(length, 'character')} copied",
+    ]
+    if example.training_seed is not None:
+        notes.append(f"training seed {example.training_seed}")
+    if example.sampling_seed is not None:
+        notes.append(f"sampling seed {example.sampling_seed}")
+    pieces = tuple(marked(example.text, (example.copied_from, example.copied_from + length)))
+    return Corner(example.arm, example.setting, pieces, "; ".join(notes))
+
+
 def example_texts(report: Report, most: int = 3) -> tuple[Corners, ...]:
     """The example texts by prompt, in the order of the report, at most `most` prompts."""
+    cross = report.cross
+    if cross is None:
+        return ()
+    order = [
+        (arm, setting) for arm in plot_data.cross_arms(report) for setting in (cross.greedy, cross.drawn)
+    ]
     by_prompt: dict[str, list[Example]] = {}
     for example in report.examples:
         by_prompt.setdefault(example.prompt, []).append(example)
     groups = []
     for prompt, examples in list(by_prompt.items())[:most]:
-        corners = []
-        for example in examples:
-            human = example.setting == "human"
-            start, length = example.copied_from, example.longest_copied_characters
-            copied = (0, 0) if human else (start, start + length)
-            seeds = [] if example.training_seed is None else [f"training seed {example.training_seed}"]
-            if example.sampling_seed is not None:
-                seeds.append(f"sampling seed {example.sampling_seed}")
-            notes = [
-                f"{number(example.rep_4, 'share')} of 4-grams repeat",
-                f"{counted(length, 'character')} copied",
-                *seeds,
-            ]
-            corners.append(
-                Corner(
-                    "how it really goes on" if human else example.arm,
-                    "held-out text" if human else example.setting,
-                    tuple(marked(example.text, copied)),
-                    "" if human else "; ".join(notes),
-                )
-            )
-        groups.append(Corners(prompt, tuple(corners)))
+        central = sorted(
+            (e for e in examples if (e.arm, e.setting) in order),
+            key=lambda e: order.index((e.arm, e.setting)),
+        )
+        human = [e for e in examples if e.setting == "human"]
+        others = [e for e in examples if e not in central and e not in human]
+        groups.append(Corners(prompt, tuple(map(_corner, [*central, *human])), tuple(map(_corner, others))))
     return tuple(groups)
 
 
