@@ -37,6 +37,8 @@ class TokenBytes:
         self._tokenizer = tokenizer
         self._alphabet = byte_alphabet()
         self._special = frozenset(tokenizer.all_special_ids)
+        # Written as they are, not in the alphabet; they may hold characters that are also in it.
+        self._added = {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items()}
         self._known: dict[int, bytes] = {}
 
     def __getitem__(self, token: int) -> bytes:
@@ -48,13 +50,12 @@ class TokenBytes:
     def _look_up(self, token: int) -> bytes:
         if token in self._special:
             return b""
+        if token in self._added:
+            return self._added[token].encode("utf-8", "replace")
         word = self._tokenizer.convert_ids_to_tokens(token)
         if word is None:  # a row of the model's embedding that no token uses
             return b""
-        try:
-            return bytes(self._alphabet[character] for character in word)
-        except KeyError:  # a token that was added as plain text
-            return str(word).encode("utf-8", "replace")
+        return bytes(self._alphabet[character] for character in word)
 
 
 class Detokenizer:
