@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.support.training_runs import PLAN, assert_same_end
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
-    "python-docs", "--tokenizer", "bytes", "--context", "16", "--batch", "8", "--share", "0.1", "--threads", "1",
-    "--set", "evaluation.windows=4",
+    "python-docs", "--tokenizer", "bytes", "--context", "16", "--batch", "8", "--share", "0.1",
+    "--threads", "1", "--set", "evaluation.windows=4",
 ]  # fmt: skip
 
 
@@ -91,7 +90,8 @@ def test_the_run_folder_holds_what_the_docs_say(
     out, _ = trained
     names = {p.name for p in out.iterdir() if not p.name.startswith(".")}
     assert names == {
-        "checkpoints", "config.json", "metrics.jsonl", "model", "result.json", "run.json", "timings.jsonl", "tokens"
+        "checkpoints", "config.json", "metrics.jsonl", "model", "result.json", "run.json", "timings.jsonl",
+        "tokens",
     }  # fmt: skip
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     trains = [r for r in records if r["kind"] == "train"]

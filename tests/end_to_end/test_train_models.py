@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.support.training_runs import PLAN, tiny_config, tiny_store
+
 from twodice.random.keys import Key
 from twodice.text.store import TokenStore
 from twodice.training.config import make_config
@@ -36,14 +36,17 @@ def test_five_steps_of_each_family_lower_the_loss(store: TokenStore, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2-micro", "llama-micro", "gpt2-small", "llama-small"])
-def test_five_steps_of_the_larger_presets_lower_the_loss(store: TokenStore, tmp_path: Path, model: str) -> None:
+def test_five_steps_of_the_larger_presets_lower_the_loss(
+    store: TokenStore, tmp_path: Path, model: str
+) -> None:
     config = tiny_config(model=model, steps=5, dropout=PLAN, optimizer={"warmup": 0})
     result = train(config, store, tmp_path / "run")
     assert result.evaluations[-1]["train_nats_per_token"] < result.evaluations[0]["train_nats_per_token"]
 
 
 def test_the_loss_falls_to_the_true_entropy_and_never_below(tmp_path: Path) -> None:
-    """A Markov source has a known entropy; a model that went below it on validation text would be reading the answer."""
+    """A Markov source has a known entropy; a model that went below it on validation text would be reading the
+    answer."""
     config = make_config(
         {
             "data": ("markov:bytes=60000",), "model": "gpt2-nano", "context": 32, "steps": 60, "batch": 16,
@@ -69,8 +72,12 @@ def records(path: Path) -> Path:
     return path
 
 
-def test_fine_tuning_a_folder_on_records_counts_the_completion_only(store: TokenStore, tmp_path: Path) -> None:
-    base = train(tiny_config(steps=3, context=32), tiny_store(tmp_path / "tokens", context=32), tmp_path / "base")
+def test_fine_tuning_a_folder_on_records_counts_the_completion_only(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    base = train(
+        tiny_config(steps=3, context=32), tiny_store(tmp_path / "tokens", context=32), tmp_path / "base"
+    )
     assert base.model is not None
     # Rates of the model's own, as published GPT-2 folders have them.
     shape = json.loads((base.model / "config.json").read_text())
@@ -79,8 +86,9 @@ def test_fine_tuning_a_folder_on_records_counts_the_completion_only(store: Token
 
     config = make_config(
         {
-            "data": (str(records(tmp_path / "records.jsonl")),), "model": str(base.model), "steps": 20, "batch": 8,
-            "device": "cpu", "threads": 1, "optimizer": {"lr": 1e-3, "warmup": 0}, "checkpoint": {"every": 10},
+            "data": (str(records(tmp_path / "records.jsonl")),), "model": str(base.model), "steps": 20,
+            "batch": 8, "device": "cpu", "threads": 1, "optimizer": {"lr": 1e-3, "warmup": 0},
+            "checkpoint": {"every": 10},
             "evaluation": {"every": 20}, "dropout": "residual=0.05",
         }
     )  # fmt: skip
@@ -97,9 +105,14 @@ def test_fine_tuning_a_folder_on_records_counts_the_completion_only(store: Token
     result = train(config, tokens, tmp_path / "tuned", on_event=events.append)
     said = [event["text"] for event in events if event["kind"] == "notice"]
     assert "resid_pdrop 0.1" in said[0] and "is set to 0" in said[0]
-    assert result.evaluations[-1]["train_nats_per_token"] < result.evaluations[0]["train_nats_per_token"] - 0.5
-    resolved = [event for event in events if event["kind"] == "resolved"][0]
-    assert resolved["config"].tokenizer == str(base.model) and resolved["reasons"]["tokenizer"] == "the model's own"
+    assert (
+        result.evaluations[-1]["train_nats_per_token"] < result.evaluations[0]["train_nats_per_token"] - 0.5
+    )
+    resolved = next(event for event in events if event["kind"] == "resolved")
+    assert (
+        resolved["config"].tokenizer == str(base.model)
+        and resolved["reasons"]["tokenizer"] == "the model's own"
+    )
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,7 +126,9 @@ def test_fine_tuning_a_folder_on_records_counts_the_completion_only(store: Token
 
 def test_a_notice_says_when_validation_has_stopped_improving(tmp_path: Path) -> None:
     tokens = tiny_store(tmp_path / "tokens", documents=1)
-    config = tiny_config(steps=120, optimizer={"lr": 5e-3}, evaluation={"every": 10, "windows": 16}, checkpoint={"every": 200})
+    config = tiny_config(
+        steps=120, optimizer={"lr": 5e-3}, evaluation={"every": 10, "windows": 16}, checkpoint={"every": 200}
+    )
     events: list[Mapping[str, Any]] = []
     result = train(config, tokens, tmp_path / "run", on_event=events.append, export=False)
     said = [event["text"] for event in events if event["kind"] == "notice"]

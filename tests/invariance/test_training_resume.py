@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.support.training_runs import PLAN, assert_same_end, tiny_config, tiny_store
+
 from twodice.errors import ConfigError, Interrupted
 from twodice.text.store import TokenStore
 from twodice.training.checkpoint import checkpoint_path, list_steps
@@ -55,8 +55,11 @@ def test_two_runs_are_bit_identical(store: TokenStore, whole: Path, tmp_path: Pa
     assert_same_end(whole, tmp_path / "run")
 
 
-def test_a_run_stopped_at_every_look_ends_with_the_same_bits(store: TokenStore, whole: Path, tmp_path: Path) -> None:
-    """Stopped in turn inside evaluations, between micro-batches and between steps, again and again in one run."""
+def test_a_run_stopped_at_every_look_ends_with_the_same_bits(
+    store: TokenStore, whole: Path, tmp_path: Path
+) -> None:
+    """Stopped in turn inside evaluations, between micro-batches and between steps, again and again in one
+    run."""
     out = tmp_path / "run"
     stops = 0
     for looks in [1, 4, 0, 8, 9, 7, 6, 5, 10, 3] * 3:
@@ -72,7 +75,9 @@ def test_a_run_stopped_at_every_look_ends_with_the_same_bits(store: TokenStore, 
     assert_same_end(whole, out)
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     store: TokenStore, whole: Path, tmp_path: Path, file: str
 ) -> None:
@@ -88,11 +93,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     train(tiny_config(**SETTINGS), store, out, on_event=events.append)
     said = [event["text"] for event in events if event["kind"] == "warning"]
     assert len(said) == 1 and file in said[0] and f"step-{newest:06d}" in said[0]
-    assert [event["step"] for event in events if event["kind"] == "resumed"][0] < newest
+    assert next(event["step"] for event in events if event["kind"] == "resumed") < newest
     assert_same_end(whole, out)
 
 
-def test_metrics_that_were_changed_are_not_gone_on_from(store: TokenStore, whole: Path, tmp_path: Path) -> None:
+def test_metrics_that_were_changed_are_not_gone_on_from(
+    store: TokenStore, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         train(tiny_config(**SETTINGS), store, out, stop=StopAfter(23))
@@ -100,7 +107,9 @@ def test_metrics_that_were_changed_are_not_gone_on_from(store: TokenStore, whole
     metrics.write_bytes(metrics.read_bytes()[:-30])
     events: list[Mapping[str, Any]] = []
     train(tiny_config(**SETTINGS), store, out, on_event=events.append)
-    assert "metrics.jsonl does not hold its lines" in [e["text"] for e in events if e["kind"] == "warning"][0]
+    assert "metrics.jsonl does not hold its lines" in next(
+        e["text"] for e in events if e["kind"] == "warning"
+    )
     assert_same_end(whole, out)
 
 
@@ -147,7 +156,7 @@ def test_another_number_of_threads_goes_on_with_a_warning(store: TokenStore, tmp
         train(tiny_config(**SETTINGS), store, out, stop=StopAfter(9))
     events: list[Mapping[str, Any]] = []
     train(tiny_config(**SETTINGS, threads=2), store, out, on_event=events.append, export=False)
-    assert [e["text"] for e in events if e["kind"] == "warning"][0].startswith(
+    assert next(e["text"] for e in events if e["kind"] == "warning").startswith(
         "the run goes on with threads 1 there, 2 here"
     )
 
@@ -170,7 +179,12 @@ def test_no_state_of_a_generator_and_no_wall_clock_is_in_what_is_compared(whole:
     assert sorted(p.name for p in newest.iterdir()) == [
         "manifest.json", "optimizer.safetensors", "state.json", "weights.safetensors"
     ]  # fmt: skip
-    assert set(json.loads((newest / "state.json").read_text())) == {"best_step", "metrics", "resumable", "step"}
+    assert set(json.loads((newest / "state.json").read_text())) == {
+        "best_step",
+        "metrics",
+        "resumable",
+        "step",
+    }
 
 
 def test_the_checkpoints_kept_are_step_0_the_last_and_the_best(store: TokenStore, tmp_path: Path) -> None:
@@ -182,7 +196,9 @@ def test_the_checkpoints_kept_are_step_0_the_last_and_the_best(store: TokenStore
     from safetensors.torch import load_file
 
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    best = load_file(checkpoint_path(tmp_path / "run" / "checkpoints", result.best_step) / "weights.safetensors")
+    best = load_file(
+        checkpoint_path(tmp_path / "run" / "checkpoints", result.best_step) / "weights.safetensors"
+    )
     assert all(torch.equal(exported[name], best[name]) for name in best)
     # The last one instead, from the same run.
     train(tiny_config(**settings), store, tmp_path / "run", final=True)

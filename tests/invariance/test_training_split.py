@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.support.training_runs import PLAN, tiny_config, tiny_store
+
 from twodice.text.store import TokenStore
 from twodice.training.budget import resolve
 from twodice.training.models import build_model
@@ -42,7 +42,6 @@ def step_of(store: TokenStore) -> Iterator[Callable[..., TrainingStep]]:
         step.close()
 
 
-
 def gradients(step: TrainingStep, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     loss = step.gradients(number, lambda: False)
     return loss, torch.cat([p.grad.flatten() for p in step.parameters if p.grad is not None])
@@ -64,7 +63,7 @@ def test_loss_and_gradients_are_the_same_for_any_split_into_micro_batches(
 
 def test_rows_numbered_within_the_micro_batch_would_be_found_out(step_of: Make) -> None:
     """Saboteur: every micro-batch takes the masks of the first one, the trap that others fall into."""
-    loss, whole = gradients(step_of(dropout=PLAN), 3)
+    _loss, whole = gradients(step_of(dropout=PLAN), 3)
     step = step_of(dropout=PLAN, accumulate=2)
     step.examples = [step.examples[0], step.examples[0]]
     _, split = gradients(step, 3)
@@ -119,4 +118,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(step_of: Make
     before = [p.clone() for p in step.parameters]
     with pytest.raises(TwodiceError, match="must be finite; at step 1 the loss is nan"):
         step(1, lambda: False)
-    assert all(torch.equal(p, q) or torch.isnan(p).any() for p, q in zip(step.parameters, before, strict=True))
+    assert all(
+        torch.equal(p, q) or torch.isnan(p).any() for p, q in zip(step.parameters, before, strict=True)
+    )

@@ -1,8 +1,9 @@
-"""Runs a training again and again in processes of its own that are killed with SIGKILL at moments drawn by key.
+"""Runs a training again and again in processes that are killed with SIGKILL at moments drawn by key.
 
-``python -m tests.support.killed_runs FOLDER KILLS`` trains once without harm into FOLDER/whole, then into FOLDER/killed
-until KILLS processes were killed while they worked, and once more to the end. Each process is a fork of this one, which
-has only imported what it needs, so that no time goes into starting; a killed fork gets no moment to tidy up.
+``python -m tests.support.killed_runs FOLDER KILLS`` trains once without harm into FOLDER/whole, then into
+FOLDER/killed until KILLS processes were killed while they worked, and once more to the end. Each process is a
+fork of this one, which has only imported what it needs, so that no time goes into starting; a killed fork
+gets no moment to tidy up.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from tests.support.training_runs import PLAN, tiny_config, tiny_store
 from twodice.random.keys import Key
 from twodice.training.loop import train
 
-CONFIG = tiny_config(
-    steps=24, dropout=PLAN, evaluation={"every": 4, "windows": 4}, checkpoint={"every": 1}
-)
+CONFIG = tiny_config(steps=24, dropout=PLAN, evaluation={"every": 4, "windows": 4}, checkpoint={"every": 1})
 
 
 def start(out: Path, store_folder: Path) -> int:
@@ -57,7 +56,7 @@ def main(folder: Path, kills: int) -> None:
     steps: list[int] = []
     for attempt in range(50 * kills):
         child = start(folder / "killed", folder / "tokens")
-        # Up to a share of the whole run's time, so that about twice the wanted number of kills fits into one run.
+        # Up to a share of the whole run's time, so that the kills fit into one run.
         moment = took * (0.1 + 0.9 * Key(1).child("kill", attempt).value / 2**64) * min(1.0, 3 / kills)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)

@@ -1,12 +1,12 @@
-"""Small runs for the tests of training: a little text, a nano model with a short context, and how two runs are compared."""
+"""Small runs for the tests of training: a little text, a nano model with a short context, and how two runs
+are compared."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
-
 from pydoc_data.topics import topics
+from typing import Any
 
 from twodice.random.keys import Key
 from twodice.text.documents import Corpus
@@ -42,10 +42,13 @@ def tiny_config(**changes: Any) -> TrainConfig:
 def fingerprint(out: Path) -> dict[str, str]:
     """Digests of what a run ends with: the weights, the moments, the metrics, the exported model."""
     newest = sorted((out / "checkpoints").glob("step-*"))[-1]
-    files = [*sorted(newest.iterdir()), out / "metrics.jsonl", out / "model" / "model.safetensors", out / "result.json"]
-    return {
-        str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()
-    }
+    files = [
+        *sorted(newest.iterdir()),
+        out / "metrics.jsonl",
+        out / "model" / "model.safetensors",
+        out / "result.json",
+    ]
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()}
 
 
 def assert_same_end(one: Path, two: Path) -> None:

@@ -32,7 +32,7 @@ def _help(name: str) -> str:
 
 def train(
     data: Annotated[list[str] | None, typer.Argument(help=_help("data"), show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="The run's folder; a run that is there is gone on with.")] = Path(
+    out: Annotated[Path, typer.Option(help="The run's folder; a run in it is gone on with.")] = Path(
         "runs/train"
     ),
     model: Annotated[str | None, typer.Option(help=_help("model"))] = None,
@@ -52,31 +52,32 @@ def train(
     dtype: Annotated[str | None, typer.Option(help=_help("dtype"))] = None,
     threads: Annotated[int | None, typer.Option(help=_help("threads"))] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Settings from a TOML or JSON file, or a run's config.json.")
+        Path | None, typer.Option(help="Settings in TOML or JSON, or a run's config.json.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, such as checkpoint.every=50."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as checkpoint.every=50."),
     ] = None,
     final: Annotated[
         bool, typer.Option("--final", help="Put the last step into model/, not the best one.")
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say tokens, steps, parameters, memory and time, and stop.")
+        bool, typer.Option("--plan", help="Say tokens, steps, memory and time, and stop.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
 ) -> None:
     """Train or fine-tune one model on a text, with a plan of dropout.
 
-    The same command with the same --out goes on where the run was. Ctrl-C saves and stops; a second one stops at once.
+    The same command with the same --out goes on where the run was. Ctrl-C saves and stops; a second one stops
+    at once.
     """
     from twodice.training.config import full_name, make_config, read_settings, with_setting
 
     values = read_settings(config) if config is not None else {}
     flags: dict[str, Any] = {
         "data": tuple(data) if data else None,
-        "model": model, "dropout": dropout, "steps": steps, "epochs": epochs, "minutes": minutes, "batch": batch,
-        "accumulate": accumulate, "context": context, "tokenizer": tokenizer, "vocabulary": vocabulary,
+        "model": model, "dropout": dropout, "steps": steps, "epochs": epochs, "minutes": minutes,
+        "batch": batch, "accumulate": accumulate, "context": context, "tokenizer": tokenizer, "vocabulary": vocabulary,
         "field": field, "share": share, "seed": seed, "device": device, "dtype": dtype, "threads": threads,
     }  # fmt: skip
     given = {name: value for name, value in flags.items() if value is not None}
@@ -155,8 +156,9 @@ def _run(settings: TrainConfig, names: set[str], out: Path, final: bool, json: b
         return
     console = result_console()
     console.print(
-        f"best at step {result.best_step} of {result.steps}: validation {best['validation_a_nats_per_token']:.4f} nats a "
-        f"token ({best['validation_a_bits_per_byte']:.4f} bits a byte), train {best['train_nats_per_token']:.4f}",
+        f"best at step {result.best_step} of {result.steps}: "
+        f"validation {best['validation_a_nats_per_token']:.4f} nats a token "
+        f"({best['validation_a_bits_per_byte']:.4f} bits a byte), train {best['train_nats_per_token']:.4f}",
         markup=False,
     )
     held = "the last step" if final else "the best step"
@@ -208,14 +210,14 @@ def _print_plan(settings: TrainConfig, store: Any, names: set[str], json: bool) 
         return
     _say_settings(resolved.config, resolved.reasons, names)
     lines = {
-        "text": f"{facts['tokens_train']:,} tokens to train on, {facts['tokens_validation_a']:,} and "
-        f"{facts['tokens_validation_b']:,} to validate on, vocabulary {facts['vocabulary']:,}",
-        "steps": f"{facts['steps']:,} of {facts['tokens_per_step']:,} tokens: {facts['tokens_seen']:,} tokens, "
+        "text": f"{facts['tokens_train']:,} to train on, {facts['tokens_validation_a']:,} and "
+        f"{facts['tokens_validation_b']:,} tokens to validate on, vocabulary {facts['vocabulary']:,}",
+        "steps": f"{facts['steps']:,} of {facts['tokens_per_step']:,} tokens: {facts['tokens_seen']:,} in all, "
         f"{facts['epochs']:.1f} epochs",
         "parameters": f"{facts['parameters']:,}",
-        "memory": f"{facts['state_bytes'] / 2**20:,.0f} MiB for weights, gradients, moments and the best weights; "
-        f"the measured steps took the process to {facts['peak_bytes'] / 2**20:,.0f} MiB",
-        "time": f"about {duration(facts['seconds'])} ({facts['step_ms']:.0f} ms a step, measured here just now)",
+        "memory": f"{facts['state_bytes'] / 2**20:,.0f} MiB for weights, gradients, moments and the best "
+        f"weights; the measured steps took the process to {facts['peak_bytes'] / 2**20:,.0f} MiB",
+        "time": f"about {duration(facts['seconds'])} ({facts['step_ms']:.0f} ms a step, measured here)",
     }
     console = out()
     for name, text in lines.items():

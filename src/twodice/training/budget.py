@@ -21,7 +21,8 @@ from twodice.training.presets import PRESETS
 # Repeating a text up to about 4 times is nearly as good as fresh text (Muennighoff et al. 2023, section 5).
 _EPOCHS = 4
 _FEWEST_STEPS, _MOST_STEPS = 200, 2000
-_EVALUATIONS = 20
+_EVALUATIONS, _FEWEST_EVALUATIONS = 20, 5
+_EVALUATION_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,29 @@ def resolve(
     if config.optimizer.warmup is None:
         config = with_value(config, "optimizer.warmup", min(200, max(1, steps // 20)))
         reasons["optimizer.warmup"] = "5 % of the steps, at most 200"
-    every = max(1, math.ceil(steps / _EVALUATIONS))
-    for name in ("evaluation.every", "checkpoint.every"):
-        group = config.evaluation if name.startswith("e") else config.checkpoint
-        if group.every is None:
-            config = with_value(config, name, every)
-            reasons[name] = f"a twentieth of {steps} steps"
+    if config.evaluation.every is None:
+        assert config.batch is not None
+        every, reasons["evaluation.every"] = _evaluation_every(
+            steps, config.evaluation.windows / config.batch
+        )
+        config = with_value(config, "evaluation.every", every)
+    if config.checkpoint.every is None:
+        config = with_value(config, "checkpoint.every", max(1, math.ceil(steps / _EVALUATIONS)))
+        reasons["checkpoint.every"] = f"a twentieth of {steps} steps"
     return Resolved(config, reasons)
+
+
+def _evaluation_every(steps: int, cost: float) -> tuple[int, str]:
+    """Steps between evaluations, and why; `cost` is that of one in steps.
+
+    It reads three parts of the text and computes no gradients, a third of a step: ``windows / batch`` steps.
+    """
+    usual = math.ceil(steps / _EVALUATIONS)
+    affordable = math.ceil(cost / _EVALUATION_SHARE)
+    if usual >= affordable:
+        return max(1, usual), f"a twentieth of {steps} steps"
+    every = max(1, min(affordable, math.ceil(steps / _FEWEST_EVALUATIONS)))
+    return every, f"a fifth of {steps} steps at most, else so that evaluations take 15 % of the time"
 
 
 def _with_batch(config: TrainConfig, usual: int, windows: int, why: str) -> tuple[TrainConfig, str]:

@@ -139,8 +139,8 @@ def save_checkpoint(
         disk.sync(side / MANIFEST)
         disk.sync(side)
         if target.exists():
-            # A damaged one, or one that a stop has made before the evaluation of its step: it steps aside whole
-            # before its place is taken, and the one before it is there all the while.
+            # A damaged one, or one that a stop has made before the evaluation of its step: it steps aside
+            # whole before its place is taken, and the one before it is there all the while.
             old = folder / f".{target.name}.old"
             disk.remove(old)
             disk.rename(target, old)

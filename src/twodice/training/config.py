@@ -58,7 +58,8 @@ class EvaluationConfig(_Settings):
     """When and on how much text the losses are measured."""
 
     every: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="steps between evaluations; default a twentieth of the run"
+        default=None,
+        description="steps between evaluations; default a twentieth of the run, or so that they take 15 %",
     )
     windows: Annotated[int, Field(ge=1)] = Field(
         default=64, description="windows of each part (train, validation A and B), the same every time"

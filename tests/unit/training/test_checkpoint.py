@@ -1,4 +1,5 @@
-"""Checkpoints: whatever fails at whatever moment, the old state or the new is there, and damage is found and named."""
+"""Checkpoints: whatever fails at whatever moment, the old state or the new is there, and damage is found and
+named."""
 
 from __future__ import annotations
 
@@ -39,7 +40,13 @@ def tensors(step: int) -> dict[str, Tensors]:
 
 
 def save(folder: Path, step: int, disk: Disk | None = None) -> None:
-    save_checkpoint(folder, step, tensors(step), {"step": step}, disk=disk if disk is not None else FailingDisk(10**9, "crash"))
+    save_checkpoint(
+        folder,
+        step,
+        tensors(step),
+        {"step": step},
+        disk=disk if disk is not None else FailingDisk(10**9, "crash"),
+    )
 
 
 def assert_whole(folder: Path, step: int) -> None:
@@ -54,7 +61,8 @@ class Crash(BaseException):
 
 
 class FailingDisk(Disk):
-    """Does `healthy` operations, then fails in one way at every further one; a write first leaves half a file."""
+    """Does `healthy` operations, then fails in one way at every further one; a write first leaves half a
+    file."""
 
     def __init__(self, healthy: int, way: str) -> None:
         self.left, self.way = healthy, way
@@ -199,7 +207,8 @@ def test_a_small_file_is_there_whole_or_as_it_was(tmp_path: Path, way: str) -> N
 
 
 def test_a_torn_save_would_be_found_out(tmp_path: Path) -> None:
-    """Saboteur: a disk that renames before all is written. The check that the tests above rest on must reject it."""
+    """Saboteur: a disk that renames before all is written. The check that the tests above rest on must reject
+    it."""
     save(tmp_path, 1)
     torn = checkpoint_path(tmp_path, 2)
     shutil.copytree(checkpoint_path(tmp_path, 1), torn)
@@ -250,7 +259,9 @@ def test_truncated_swapped_empty_and_missing_files_are_detected_and_named(tmp_pa
         if file.name != "manifest.json":
             assert file.name in damaged(tmp_path)
         else:
-            damaged(tmp_path)  # the manifest of step 1 does not fit the files of step 2: one of these is named
+            damaged(
+                tmp_path
+            )  # the manifest of step 1 does not fit the files of step 2: one of these is named
         file.write_bytes(whole)
     assert_whole(tmp_path, 2)
 

@@ -25,7 +25,9 @@ def test_every_setting_says_what_it_is() -> None:
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match=r"no setting 'optimizer\.weightdecay'; did you mean 'optimizer\.weight_decay'"):
+    with pytest.raises(
+        ConfigError, match=r"no setting 'optimizer\.weightdecay'; did you mean 'optimizer\.weight_decay'"
+    ):
         make_config({"optimizer": {"weightdecay": 1}})
     with pytest.raises(ConfigError, match="did you mean 'dropout'"):
         make_config({"dropuot": "residual=0.1"})
@@ -67,7 +69,9 @@ def test_batch_must_be_a_multiple_of_accumulate() -> None:
 
 
 def test_settings_are_read_back_from_json_and_toml(tmp_path: Path) -> None:
-    config = make_config({"seed": 2**64 - 1, "optimizer": {"lr": 1 / 3}, "dropout": "residual=0.1", "steps": 5})
+    config = make_config(
+        {"seed": 2**64 - 1, "optimizer": {"lr": 1 / 3}, "dropout": "residual=0.1", "steps": 5}
+    )
     (tmp_path / "config.json").write_text(config.as_json())
     assert read_config(tmp_path / "config.json") == config
     (tmp_path / "run.toml").write_text('steps = 5\ndropout = "residual=0.1"\n[optimizer]\nlr = 0.25\n')

@@ -12,7 +12,8 @@ from twodice.errors import ConfigError
 from twodice.training.models import model_facts, own_rates, put_weights, read_folder_config, weights_of
 from twodice.training.presets import PRESETS, preset_config
 
-# Parameters in millions with a vocabulary of this size, tied ones once: nano about 1, micro about 8, small 25 to 120.
+# Parameters in millions with a vocabulary of this size, tied ones once: nano about 1, micro about 8, small 25
+# to 120.
 SIZES = {
     "gpt2-nano": (1024, 0.8, 1.2), "llama-nano": (1024, 0.8, 1.2),
     "gpt2-micro": (2048, 7, 9), "llama-micro": (2048, 7, 9),
@@ -39,7 +40,9 @@ def test_own_rates_are_found_in_nested_configs_too() -> None:
 
     config = GPT2Config(resid_pdrop=0.1, embd_pdrop=0.0, attn_pdrop=0.2, summary_first_dropout=0.0)
     assert own_rates(config) == {"resid_pdrop": 0.1, "attn_pdrop": 0.2}
-    config.text_config = GPT2Config(resid_pdrop=0.3, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
+    config.text_config = GPT2Config(
+        resid_pdrop=0.3, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0
+    )
     assert own_rates(config)["text_config.resid_pdrop"] == 0.3
 
 
@@ -87,4 +90,8 @@ def test_weights_are_copied_in_place_and_buffers_that_last_are_among_them() -> N
     assert set(weights_of(model)) == {"one.weight", "lasting"}
     place = model.one.weight.data_ptr()
     put_weights(model, {"one.weight": torch.full((2, 2), 3.0), "lasting": torch.zeros(1)})
-    assert model.two.weight.data_ptr() == place and bool((model.two.weight == 3).all()) and float(model.lasting) == 0
+    assert (
+        model.two.weight.data_ptr() == place
+        and bool((model.two.weight == 3).all())
+        and float(model.lasting) == 0
+    )
