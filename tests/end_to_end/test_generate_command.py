@@ -1,4 +1,4 @@
-"""`twodice generate` on real folders: text to stdout, everything else to stderr, and the same output again."""
+"""`twodice generate` on real folders: text to stdout, the rest to stderr, and the same output again."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def again(err: str) -> list[str]:
     """The words of the command that was said to give the same output again."""
-    words = shlex.split(
-        next(line for line in err.splitlines() if line.startswith("again: "))[len("again: ") :]
-    )
+    words = shlex.split(err[err.index("again: ") + len("again: ") :])
     assert words[:2] == ["twodice", "generate"]
     return words[2:]
 
