@@ -77,8 +77,8 @@ def train(
     flags: dict[str, Any] = {
         "data": tuple(data) if data else None,
         "model": model, "dropout": dropout, "steps": steps, "epochs": epochs, "minutes": minutes,
-        "batch": batch, "accumulate": accumulate, "context": context, "tokenizer": tokenizer, "vocabulary": vocabulary,
-        "field": field, "share": share, "seed": seed, "device": device, "dtype": dtype, "threads": threads,
+        "batch": batch, "accumulate": accumulate, "context": context, "tokenizer": tokenizer,
+        "vocabulary": vocabulary, "field": field, "share": share, "seed": seed, "device": device, "dtype": dtype, "threads": threads,
     }  # fmt: skip
     given = {name: value for name, value in flags.items() if value is not None}
     if {"steps", "epochs", "minutes"} & given.keys():
@@ -212,8 +212,8 @@ def _print_plan(settings: TrainConfig, store: Any, names: set[str], json: bool) 
     lines = {
         "text": f"{facts['tokens_train']:,} to train on, {facts['tokens_validation_a']:,} and "
         f"{facts['tokens_validation_b']:,} tokens to validate on, vocabulary {facts['vocabulary']:,}",
-        "steps": f"{facts['steps']:,} of {facts['tokens_per_step']:,} tokens: {facts['tokens_seen']:,} in all, "
-        f"{facts['epochs']:.1f} epochs",
+        "steps": f"{facts['steps']:,} of {facts['tokens_per_step']:,} tokens: "
+        f"{facts['tokens_seen']:,} in all, {facts['epochs']:.1f} epochs",
         "parameters": f"{facts['parameters']:,}",
         "memory": f"{facts['state_bytes'] / 2**20:,.0f} MiB for weights, gradients, moments and the best "
         f"weights; the measured steps took the process to {facts['peak_bytes'] / 2**20:,.0f} MiB",

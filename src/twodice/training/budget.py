@@ -169,9 +169,11 @@ def _with_steps(
         # The measurement trains a few steps of a run of the shortest usual length; its schedule does not
         # matter.
         speed = measure(resolve_for_measurement(config))
-        # Start, export and the self-check of the export take a few seconds beside the steps.
-        left = minutes * 60 * 0.97 - (_EVALUATIONS + 1) * speed.evaluation_s
+        # Start, export and the self-check of the export take a little beside the steps.
+        left = minutes * 60 * 0.97
         steps = max(1, int(left / speed.step_s))
+        while steps > 1 and _seconds(steps, config, speed) > left:
+            steps = int(steps * 0.99)
         why = f"{minutes:g} minutes at {speed.step_s * 1e3:.0f} ms a step, measured here"
         return with_value(config, "steps", steps), why
     wanted = round(_EPOCHS * windows / batch)
@@ -180,6 +182,15 @@ def _with_steps(
     if steps != wanted:
         why += f"; at least {_FEWEST_STEPS} and at most {_MOST_STEPS} unless said"
     return with_value(config, "steps", steps), why
+
+
+def _seconds(steps: int, config: TrainConfig, speed: Speed) -> float:
+    """Time of a run of `steps` with its evaluations [s]."""
+    assert config.batch is not None
+    every = config.evaluation.every
+    if every is None:
+        every, _ = _evaluation_every(steps, config.evaluation.windows / config.batch)
+    return steps * speed.step_s + (steps // every + 1) * speed.evaluation_s
 
 
 def resolve_for_measurement(config: TrainConfig) -> TrainConfig:
