@@ -6,9 +6,6 @@ key/value caches. Random weights cost what trained ones do. The end-of-text toke
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,72 +30,52 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def _sides(model: Any, rows: int) -> tuple[Callable[[], None], Callable[[], None]]:
+def _sides(model: Any, rows: int) -> tuple[dict[str, Callable[[Any], Any]], list[Any]]:
+    """Both sides as functions of a batch of prompts, and the batches."""
     import torch
 
     from twodice.generation.engine import Engine
     from twodice.generation.requests import Request
     from twodice.sampling.params import SamplingParams
 
-    prompts = torch.randint(0, 50257, (rows, PROMPT), generator=torch.Generator().manual_seed(rows))
     engine = Engine(model, _tokenizer())
-    requests = [
-        Request(prompts[row].tolist(), SamplingParams(top_k=TOP_K, seed=row), max_tokens=NEW, ignore_end=True)
-        for row in range(rows)
-    ]
-    mask = torch.ones_like(prompts)
+    generator = torch.Generator().manual_seed(rows)
+    batches = [torch.randint(0, 50257, (rows, PROMPT), generator=generator) for _ in range(4)]
+    mask = torch.ones_like(batches[0])
 
-    def ours() -> None:
+    def ours(prompts: Any) -> None:
+        requests = [
+            Request(prompt, SamplingParams(top_k=TOP_K, seed=row), max_tokens=NEW, ignore_end=True)
+            for row, prompt in enumerate(prompts.tolist())
+        ]
         made = engine.generate(requests)
         assert all(len(one.tokens) == NEW for one in made)
 
-    def theirs() -> None:
+    def theirs(prompts: Any) -> None:
         made = model.generate(
             prompts, attention_mask=mask, do_sample=True, top_k=TOP_K, max_new_tokens=NEW, pad_token_id=0
         )
         assert made.shape == (rows, PROMPT + NEW)
 
-    return ours, theirs
+    return {"twodice": ours, "transformers": theirs}, batches
 
 
-def measure(rows: int, rounds: int, model: Any | None = None) -> dict[str, float]:
-    """Seconds of `rounds` turns each at `rows` rows: medians, and the ratio theirs / ours."""
-    ours, theirs = _sides(_model() if model is None else model, rows)
-    ours(), theirs()
-    seconds: dict[Callable[[], None], list[float]] = {ours: [], theirs: []}
-    for turn in range(rounds):
-        for side in (ours, theirs) if turn % 2 == 0 else (theirs, ours):
-            began = time.perf_counter()
-            side()
-            seconds[side].append(time.perf_counter() - began)
-    mine, peer = statistics.median(seconds[ours]), statistics.median(seconds[theirs])
-    best = min(seconds[theirs]) / min(seconds[ours])
-    return {"ours_s": mine, "transformers_s": peer, "ratio": peer / mine, "ratio_of_minima": best}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=5)
-    options, _ = parser.parse_known_args([] if arguments is None else arguments)
+def main(rows: tuple[int, ...] = (1, 16), rounds: int = 5) -> None:
     import torch
-    import transformers
 
-    print(f"threads {torch.get_num_threads()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{PROMPT} + {NEW} tokens, top-k {TOP_K}, float32; tokens/s are new tokens of all rows, medians")
+    from benchmarks.sidebyside import Row, alternate, table
+
     model = _model()
-    for rows in options.rows:
-        found = measure(rows, options.rounds, model)
-        made = rows * NEW
-        print(
-            f"batch {rows:>2}: ours {made / found['ours_s']:7.1f} tokens/s, transformers.generate "
-            f"{made / found['transformers_s']:7.1f} tokens/s, {found['ratio']:.2f} x faster "
-            f"(ratio of minima {found['ratio_of_minima']:.2f})",
-            flush=True,
-        )
+    threads = torch.get_num_threads()
+    found = []
+    for count in rows:
+        contenders, batches = _sides(model, count)
+        seconds = alternate(contenders, batches, rounds=rounds, seconds=0.0)
+        found.append(Row(f"batch {count}, {PROMPT} + {NEW} tokens, top-k {TOP_K}", seconds, threads))
+    table("generate, GPT-2 124 M shape, float32", found, "twodice", ["transformers"])
 
 
 if __name__ == "__main__":
     import sys
 
-    main(sys.argv[1:])
+    main(tuple(int(word) for word in sys.argv[1:]) or (1, 16))

@@ -95,7 +95,8 @@ def test_masks_are_right_for_other_attentions_and_sliding_windows(attention: str
         torch.manual_seed(2)
         config = MistralConfig(
             vocab_size=257, max_position_embeddings=64, hidden_size=32, intermediate_size=64,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, sliding_window=window,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+            sliding_window=window,
             eos_token_id=256, bos_token_id=256, attn_implementation=attention,
         )  # fmt: skip
         engine = Engine(MistralForCausalLM(config).eval(), byte_tokenizer())
