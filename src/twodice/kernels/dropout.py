@@ -16,7 +16,7 @@ import torch
 
 from twodice.errors import ConfigError, ContractError, ShapeError
 from twodice.kernels import dispatch
-from twodice.kernels.dropout_layout import LAYOUTS, coordinates, sizes, strides
+from twodice.kernels.dropout_layout import LAYOUTS, coordinates, sizes, spread, strides
 from twodice.kernels.dropout_reference import dropout_reference
 from twodice.random.draws import BOUNDS, ONE, check_bound, check_bounds
 from twodice.random.keys import Key, key_bits
@@ -216,14 +216,19 @@ def _native_forward(
             _native_forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
         )
     example = position = column = _NOTHING
-    if examples is not None or positions is not None or key_positions is not None or layout == "nc":
+    if layout == "nc":
         where = coordinates(x, layout, examples, positions, key_positions)
+        example = _address("examples", where.example[:, 0], x, "btc", shape[0], 1)
+        position = _address("positions", where.position[:, 0], x, "btc", shape[0], 1)
+    else:
+        if key_positions is not None:
+            if layout != "bhts":
+                coordinates(x, layout, examples, positions, key_positions)  # raises
+            column = _address("key_positions", key_positions, x, layout, shape[0], shape[3])
         if examples is not None:
-            example = _address(where.example[:, 0])
+            example = _address("examples", examples, x, layout, shape[0], shape[2])
         if positions is not None:
-            position = _address(where.position[:, 0])
-        if where.column is not None:
-            column = _address(where.column[:, 0, 0])
+            position = _address("positions", positions, x, layout, shape[0], shape[2])
     served = _native.dropout(
         x.data_ptr(),
         y.data_ptr(),
@@ -251,12 +256,30 @@ def _native_forward(
     return y
 
 
-def _address(values: torch.Tensor) -> tuple[int, tuple[int, int], torch.Tensor]:
-    """Where a (rows, columns) coordinate lies, its strides (0 along one value), what keeps it alive."""
-    values = values.to(torch.int64)
-    rows, columns = values.shape
+def _address(
+    name: str, values: torch.Tensor, x: torch.Tensor, layout: str, rows: int, columns: int
+) -> tuple[int, tuple[int, int], torch.Tensor]:
+    """Where a coordinate lies, its strides along B and T (0 along one value), and what keeps it alive.
+
+    Views cost microseconds, and every site of a training step comes by: so the usual shapes go without one.
+    """
+    if values.dtype is torch.int64 and values.is_cpu:
+        shape, stride = values.shape, values.stride()
+        if (
+            len(shape) == 2
+            and shape[1] == columns
+            and (shape[0] == rows or (shape[0] == 1 and name != "examples"))
+        ):
+            return values.data_ptr(), (stride[0] if shape[0] > 1 else 0, stride[1]), values
+        if name == "examples" and len(shape) == 1 and shape[0] == rows:
+            return values.data_ptr(), (stride[0], 0), values
+    values = spread(name, values, x, layout, rows, columns).to("cpu", torch.int64)
     down, along = values.stride()
-    return values.data_ptr(), (down if rows > 1 else 0, along if columns > 1 else 0), values
+    return (
+        values.data_ptr(),
+        (down if values.shape[0] > 1 else 0, along if values.shape[1] > 1 else 0),
+        values,
+    )
 
 
 @torch.library.custom_op("twodice::dropout", mutates_args=())
