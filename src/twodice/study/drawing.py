@@ -436,7 +436,7 @@ def draw_frontier(ax: Axes, data: FrontierData, theme: Theme) -> Drawn:
     ax.set_xlim(*data.x_limits)
     ax.set_ylim(*data.y_limits)
     boxes: list[Box] = []
-    for series in data.series:
+    for order, series in enumerate(data.series):
         colour = theme.of(series.role)
         for path in series.paths:
             ax.plot(
@@ -472,7 +472,8 @@ def draw_frontier(ax: Axes, data: FrontierData, theme: Theme) -> Drawn:
                 [point.y],
                 marker,
                 color=colour,
-                markersize=8,
+                # Where two models' points coincide, the later and smaller one leaves a ring of the first.
+                markersize=max(10.5 - 3 * order, 5),
                 markeredgecolor=theme.of("surface"),
                 markeredgewidth=1.2,
                 zorder=4,
@@ -493,7 +494,7 @@ def draw_frontier(ax: Axes, data: FrontierData, theme: Theme) -> Drawn:
             if any(point.label == text and abs(px - x) < 24 and abs(py - y) < 12 for text, x, y in named):
                 continue
             named.append((point.label, px, py))
-            place_label(ax, point.label, point.x, point.y, theme.of(series.role), boxes)
+            place_label(ax, point.label, point.x, point.y, theme.of(series.role), theme.of("surface"), boxes)
     few_ticks(ax, x=5, y=5)
     minus_ticks(ax)
     corner_label(ax, data.y_axis, theme)

@@ -144,38 +144,33 @@ def pixels(ax: Axes, x: float, y: float) -> tuple[float, float]:
     return float(px), float(py)
 
 
-def place_label(ax: Axes, text: str, x: float, y: float, colour: str, taken: list[Box]) -> None:
-    """Write `text` beside its point on the first side where it meets nothing; leave it to the tooltip if none
-    is free."""
+_LABEL_PLACES: tuple[tuple[int, int, Any], ...] = (
+    (9, 0, "left"),
+    (-9, 0, "right"),
+    (0, 14, "center"),
+    (0, -14, "center"),
+    (9, 11, "left"),
+    (-9, 11, "right"),
+    (9, -11, "left"),
+    (-9, -11, "right"),
+    *((16, dy, "left") for dy in (22, -22, 36, -36, 50, -50, 64, -64)),
+    *((-16, dy, "right") for dy in (22, -22, 36, -36, 50, -50, 64, -64)),
+)
+
+
+def place_label(ax: Axes, text: str, x: float, y: float, colour: str, surface: str, taken: list[Box]) -> None:
+    """Write `text` beside its point where it meets nothing; where there is no such place, the tooltip has it."""
     px, py = pixels(ax, x, y)
     frame = ax.get_window_extent()
     width, height = 7.2 * len(text), 14.0
-    for dx, dy, ha in (
-        (9, 0, "left"),
-        (-9, 0, "right"),
-        (0, 13, "center"),
-        (0, -13, "center"),
-        (9, 11, "left"),
-        (-9, 11, "right"),
-        (9, -11, "left"),
-        (-9, -11, "right"),
-        (0, 24, "center"),
-        (0, -24, "center"),
-        (14, 20, "left"),
-        (-14, 20, "right"),
-        (14, -20, "left"),
-        (-14, -20, "right"),
-    ):
+    for dx, dy, ha in _LABEL_PLACES:
         left = px + dx - {"left": 0.0, "right": width, "center": width / 2}[ha]
         box = (left, py + dy - height / 2, left + width, py + dy + height / 2)
-        inside = (
-            box[0] >= frame.x0 - 2
-            and box[2] <= frame.x1 + 14
-            and box[1] >= frame.y0 + 2
-            and box[3] <= frame.y1 + 8
-        )
+        across = box[0] >= frame.x0 + 2 and box[2] <= frame.x1 + 14
+        inside = across and box[1] >= frame.y0 + 2 and box[3] <= frame.y1 + 8
         if inside and not any(_meet(box, other) for other in taken):
             taken.append(box)
+            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5}
             ax.annotate(
                 text,
                 (x, y),
@@ -186,7 +181,14 @@ def place_label(ax: Axes, text: str, x: float, y: float, colour: str, taken: lis
                 fontsize=12.5,
                 color=colour,
                 annotation_clip=False,
-                zorder=6,
+                zorder=3,
+                arrowprops=leader if abs(dy) > 15 else None,
+                bbox={
+                    "boxstyle": "square,pad=0.05",
+                    "facecolor": surface,
+                    "edgecolor": "none",
+                    "alpha": 0.85,
+                },
             )
             return
 
