@@ -10,7 +10,10 @@ import pytest
 
 from twodice.kernels import dispatch
 
-SHOW = "from twodice.kernels import dispatch as d; import sys; print(d.backend(), d.why(), 'torch' in sys.modules)"
+SHOW = (
+    "from twodice.kernels import dispatch as d; import sys; "
+    "print(d.backend(), d.why(), 'torch' in sys.modules)"
+)
 
 
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
