@@ -1,7 +1,7 @@
-"""Sampling against one vectorised max over the logits, torch.topk + multinomial, and transformers' processors.
+"""Sampling against one vectorised max over the logits, torch.topk + multinomial, and transformers.
 
-Logits rotate over 64 distinct rows. Shapes: normal with sigma 2 (a flat, hard case), and peaked like real text (a few
-tokens hold nearly all mass). The ratio to the max is the price beyond reading the row once.
+Logits rotate over 64 distinct rows. Shapes: normal with sigma 2 (flat, hard), and peaked like real text
+(a few tokens hold nearly all mass). The ratio to the max is the price beyond reading the row once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def topk_way(x: torch.Tensor) -> torch.Tensor:
 
 
 def largest(x: torch.Tensor) -> Any:
-    """One vectorised max over each row: NumPy's for float32, whose reduction is the faster one, torch's for bfloat16."""
+    """One vectorised max over each row: NumPy's for float32, the faster one, torch's for bfloat16."""
     return x.numpy().max(axis=1) if x.dtype == torch.float32 else x.amax(1)
 
 
@@ -69,10 +69,12 @@ def main() -> None:
                 ("peaked", torch.float32),
                 ("normal", torch.bfloat16),
             ):
+                if rows > 1 and (kind, dtype) != ("normal", torch.float32):
+                    continue  # transformers takes most of a second a call there
                 full = logits_of(vocabulary, kind).to(dtype)
                 batches = [full[i : i + rows] for i in range(0, ROWS, rows)]
                 mixed = [
-                    SamplingParams(0.8, top_k=[50, 20, None, None][i % 4], top_p=[None, 0.9, 0.95, None][i % 4], seed=i)
+                    SamplingParams(0.8, (50, 20, None, None)[i % 4], (None, 0.9, 0.95, None)[i % 4], seed=i)
                     for i in range(rows)
                 ]  # fmt: skip
                 cases: list[tuple[str, Any, int | None, float | None]] = [
@@ -92,7 +94,7 @@ def main() -> None:
                     if k is not None and p is None:
                         contenders["topk+multinomial"] = topk_way
                     short = str(dtype).removeprefix("torch.")
-                    seconds = alternate(contenders, batches, rounds=7)
+                    seconds = alternate(contenders, batches, rounds=5)
                     found.append(Row(f"{name}, {kind} {short}, {rows} x {vocabulary}", seconds, threads))
     tiny = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(1))
     seconds = alternate(

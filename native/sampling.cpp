@@ -110,14 +110,22 @@ namespace portable {
 }
 
 #if TWODICE_X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c,bmi,bmi2,popcnt,lzcnt")
+#pragma GCC target("avx2,f16c")
+#endif
 #define TWODICE_LEVEL_AVX2 1
 namespace avx2 {
 #include "sampling_row.hpp"
 }
 #undef TWODICE_LEVEL_AVX2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif
 
 int run_row(const Logits& in, const Job& job, Scratch& scratch, int64_t row, Result& out) {

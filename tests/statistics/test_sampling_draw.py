@@ -217,7 +217,7 @@ def test_draws_at_neighbouring_positions_seeds_and_completions_are_independent()
 def test_a_token_far_below_the_top_is_drawn_at_its_rate(gap: float, floor_bits: int) -> None:
     """By importance, not by waiting, and noise of 24 bits, the usual float32 uniform, is caught.
 
-    A token `gap` nats below one other wins iff the other's exponential exceeds e^gap times its own E, which has
+    A token `gap` nats below one other wins iff the other's exponential exceeds e^gap times its E, which has
     probability exp(-E e^gap). The mean of that over U, taken octave by octave with 4,000 draws each, must be
     1 / (1 + e^gap); its standard error is below 0.3 %, the tolerance 3 % (10 standard errors, below 1e-20).
     """
