@@ -1,7 +1,9 @@
-"""Generation with GPT-2's shape (124 M parameters, random weights, float32): ours and `transformers.generate`.
+"""Generation with GPT-2's shape (124 M parameters, random weights, float32): ours and
+`transformers.generate`.
 
-128 tokens of prompt and 64 new ones, top-k 50, at batch 1 and 16; both sides in one process, in turns, with their own
-key/value caches. Random weights cost what trained ones do. The end-of-text token is switched off on both sides.
+128 tokens of prompt and 64 new ones, top-k 50, at batch 1 and 16; both sides in one process, in turns, with
+their own key/value caches. Random weights cost what trained ones do. The end-of-text token is switched off on
+both sides.
 """
 
 from __future__ import annotations
