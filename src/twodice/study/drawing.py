@@ -491,7 +491,7 @@ def draw_frontier(ax: Axes, data: FrontierData, theme: Theme) -> Drawn:
         for point in series.points:
             # Where two models' points of one setting lie together, one label serves both.
             px, py = pixels(ax, point.x, point.y)
-            if any(point.label == text and abs(px - x) < 24 and abs(py - y) < 12 for text, x, y in named):
+            if any(point.label == text and abs(px - x) < 14 and abs(py - y) < 10 for text, x, y in named):
                 continue
             named.append((point.label, px, py))
             place_label(ax, point.label, point.x, point.y, theme.of(series.role), theme.of("surface"), boxes)

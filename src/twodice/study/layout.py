@@ -144,7 +144,7 @@ def pixels(ax: Axes, x: float, y: float) -> tuple[float, float]:
     return float(px), float(py)
 
 
-_LABEL_PLACES: tuple[tuple[int, int, Any], ...] = (
+_LABEL_PLACES: tuple[tuple[int, int, str], ...] = (
     (9, 0, "left"),
     (-9, 0, "right"),
     (0, 14, "center"),
@@ -159,7 +159,7 @@ _LABEL_PLACES: tuple[tuple[int, int, Any], ...] = (
 
 
 def place_label(ax: Axes, text: str, x: float, y: float, colour: str, surface: str, taken: list[Box]) -> None:
-    """Write `text` beside its point where it meets nothing; where there is no such place, the tooltip has it."""
+    """Write `text` beside its point where it meets nothing; without such a place, the tooltip has it."""
     px, py = pixels(ax, x, y)
     frame = ax.get_window_extent()
     width, height = 7.2 * len(text), 14.0
