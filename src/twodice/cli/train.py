@@ -78,7 +78,8 @@ def train(
         "data": tuple(data) if data else None,
         "model": model, "dropout": dropout, "steps": steps, "epochs": epochs, "minutes": minutes,
         "batch": batch, "accumulate": accumulate, "context": context, "tokenizer": tokenizer,
-        "vocabulary": vocabulary, "field": field, "share": share, "seed": seed, "device": device, "dtype": dtype, "threads": threads,
+        "vocabulary": vocabulary, "field": field, "share": share, "seed": seed, "device": device,
+        "dtype": dtype, "threads": threads,
     }  # fmt: skip
     given = {name: value for name, value in flags.items() if value is not None}
     if {"steps", "epochs", "minutes"} & given.keys():

@@ -118,6 +118,8 @@ def train(
     try:
         with run_folder.only_one_in(out), generator_set_aside(device), contextlib.ExitStack() as ends:
             return _run(config, store, out, device, tell, stop, final, export, ends)
+    except StopAsked:
+        raise Interrupted(f"before the first step; the same command begins again ({out})") from None
     finally:
         torch.set_num_threads(threads_before)
 
@@ -133,23 +135,21 @@ def _run(
     export: bool,
     ends: contextlib.ExitStack,
 ) -> TrainResult:
-    # ---- what is to be done: settled and written down before the first step, or read back
-    # --------------------------
+    # ---- what is to be done: settled and written down before the first step, or read back ----
     if run_folder.is_used(out):
         config = _reopened(out, requested, store, device, tell)
         finished = _finished(out, store, final, export, tell)
         if finished is not None:
             return finished
     else:
-        resolved = _settled(requested, store, device)
+        resolved = _settled(requested, store, device, stop)
         config = resolved.config
         run_folder.begin_run(out, requested, config, _facts(store, device, resolved))
         tell({"kind": "resolved", "config": config, "reasons": resolved.reasons})
     assert config.steps is not None and config.batch is not None and config.context is not None
     assert config.evaluation.every is not None and config.checkpoint.every is not None
 
-    # ---- the model, its dropout, the optimizer, the fixed windows
-    # --------------------------------------------------
+    # ---- the model, its dropout, the optimizer, the fixed windows ----
     model, notes = build_model(config, store)
     for note in notes:
         tell({"kind": "notice", "text": note})
@@ -159,8 +159,7 @@ def _run(
     ends.callback(do_step.close)
     windows = FixedWindows(store, config.context, config.evaluation.windows)
 
-    # ---- the state: that of step 0, or of the newest whole checkpoint
-    # ----------------------------------------------
+    # ---- the state: that of step 0, or of the newest whole checkpoint ----
     folder = out / run_folder.CHECKPOINTS
     state = _newest(folder, out / run_folder.METRICS, tell)
     step = 0 if state is None else int(state["step"])
@@ -190,8 +189,7 @@ def _run(
         _prune(folder, config.checkpoint.keep, best.step)
         tell({"kind": "checkpoint", "step": step})
 
-    # ---- evaluate, save, step: until all steps are done
-    # ------------------------------------------------------------
+    # ---- evaluate, save, step: until all steps are done ----
     clock = Clock(out / run_folder.TIMINGS, tokens_per_step=config.batch * config.context)
     try:
         while True:
@@ -236,8 +234,7 @@ def _run(
             f"at step {step} of {config.steps}; the same command goes on from there ({out})"
         ) from None
 
-    # ---- the model's folder, and the mark that all is done
-    # ---------------------------------------------------------
+    # ---- the model's folder, and the mark that all is done ----
     ends.close()
     if export:
         _export(model, store, out, config, config.steps if final else best.step, tell)
@@ -259,12 +256,13 @@ def export_run(out: str | Path, store: TokenStore, *, final: bool = False) -> Pa
     return out / run_folder.MODEL
 
 
-# ---- the parts of the story above
-# -----------------------------------------------------------------------------------
+# ---- the parts of the story above ----
 
 
-def _settled(requested: TrainConfig, store: TokenStore, device: torch.device) -> Resolved:
-    resolved = resolve(requested, store, lambda candidate: measure_speed(candidate, store, device))
+def _settled(
+    requested: TrainConfig, store: TokenStore, device: torch.device, stop: Callable[[], bool]
+) -> Resolved:
+    resolved = resolve(requested, store, lambda candidate: measure_speed(candidate, store, device, stop))
     reasons = dict(resolved.reasons)
     values = resolved.config.model_dump()
     dtype = choose_dtype(requested.dtype, device)

@@ -4,8 +4,10 @@ folders."""
 from __future__ import annotations
 
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,16 +24,24 @@ _STEPS = 5
 _ENOUGH_S = 6.0
 
 
-def measure_speed(config: TrainConfig, store: TokenStore, device: torch.device) -> Speed:
+def measure_speed(
+    config: TrainConfig, store: TokenStore, device: torch.device, stop: Callable[[], bool] | None = None
+) -> Speed:
     """Time a few real steps and one evaluation, with dropout as in the run; the first step warms up and is
     not counted.
 
-    The least of the times is taken, because other work on the machine only adds to them.
+    The median of the times is taken: what else the machine does now, it will do during the run as well.
+
+    Raises
+    ------
+    StopAsked
+        `stop` became true.
 
     Randomness
     ----------
     As in a run; torch's generators are left as found.
     """
+    stop = stop if stop is not None else _never
     with generator_set_aside(device):
         model, _ = build_model(config, store)
         model.to(device).train()
@@ -40,17 +50,17 @@ def measure_speed(config: TrainConfig, store: TokenStore, device: torch.device) 
         times: list[float] = []
         began = time.perf_counter()
         for step in range(_STEPS + 1):
-            times.append(_timed(lambda step=step: do_step(step, _never)))  # type: ignore[misc]
+            times.append(_timed(lambda step=step: do_step(step, stop)))  # type: ignore[misc]
             if step >= 1 and time.perf_counter() - began > _ENOUGH_S:
                 break
         assert config.context is not None
         windows = FixedWindows(store, config.context, config.evaluation.windows)
         rows = max(1, 2 * do_step.rows)
         evaluation_s = _timed(
-            lambda: evaluate(model, windows, rows=rows, device=device, arithmetic=arithmetic, stop=_never)
+            lambda: evaluate(model, windows, rows=rows, device=device, arithmetic=arithmetic, stop=stop)
         )
         do_step.close()
-    return Speed(min(times[1:]), evaluation_s, _peak_bytes(device))
+    return Speed(statistics.median(times[1:]), evaluation_s, _peak_bytes(device))
 
 
 def make_plan(config: TrainConfig, store: TokenStore) -> tuple[Resolved, dict[str, Any]]:

@@ -29,6 +29,7 @@ class Preset:
 # for 125 M); batches are small because the texts are. Inner widths of llama: 8/3 of the width, rounded up to
 # a multiple of 8 or 32.
 PRESETS = {
+    "gpt2-pico": Preset("gpt2", 2, 128, 4, 4, 512, 128, 16, 4e-3),
     "gpt2-nano": Preset("gpt2", 4, 128, 4, 4, 512, 128, 16, 2e-3),
     "gpt2-micro": Preset("gpt2", 6, 320, 5, 5, 1280, 256, 16, 1e-3),
     "gpt2-small": Preset("gpt2", 12, 768, 12, 12, 3072, 512, 16, 6e-4),
