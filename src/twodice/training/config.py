@@ -97,7 +97,7 @@ class TrainConfig(_Settings):
     )
     tokenizer: str | None = Field(
         default=None,
-        description="bpe (trained on the training part), bytes, or a folder; default bpe, or the model's own",
+        description="kind: bpe (learned from the training part), bytes, or a folder; default bpe, or the model's own",
     )
     vocabulary: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="vocabulary of a trained tokenizer; default from the amount of text"
@@ -115,12 +115,12 @@ class TrainConfig(_Settings):
         default=1, description="micro-batches that a step is split into (less memory, the same result)"
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = Field(
-        default=0, description="of the initial weights, the order of the data and the masks of dropout"
+        default=0, description="seed of the initial weights, the order of the data and the masks of dropout"
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field(default="auto", description="where: auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="of the arithmetic (weights: float32); auto: bfloat16 where the device has it",
+        description="type of products (weights: float32); auto: bfloat16 where the device has it",
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="threads on the CPU; default what torch takes"
