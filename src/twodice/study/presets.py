@@ -10,27 +10,24 @@ STUDIES: dict[str, dict[str, Any]] = {
     "demo": {
         "settings": {
             "data": ["python-docs"],
-            "model": "gpt2-nano",
-            "share": 0.125,
+            "model": "gpt2-pico",
+            "share": 0.03,
             "vocabulary": 512,
             "context": 64,
-            "batch": 16,
+            "batch": 8,
             "minutes": 4.8,
-            "optimizer": {"lr": 3e-3},
-            "evaluation": {"windows": 96},
+            "optimizer": {"lr": 4e-3},
+            "evaluation": {"windows": 24},
         },
         "seeds": 5,
         "demo": True,
         "sampling": {"prompts": 12, "prompt_tokens": 16, "tokens": 48},
         "case": (
-            "The case was chosen so that text is scarce, which is when dropout is worth asking about: an "
-            "eighth of the "
-            "training part of Python's language reference, which the model reads many times within the "
-            "minutes given. "
-            "The sizes were tried on seeds outside the study and judged by one thing only: that without "
-            "dropout the "
-            "loss on unseen text rises again before the end. Which arm would win played no part in the "
-            "choice."
+            "Text is scarce here on purpose, because that is when dropout is worth asking about: 3.5 "
+            "% of the training part of Python's language reference, read many times by a model of two "
+            "layers. The sizes were tried on a seed outside the study and judged by one thing only: "
+            "that without dropout the loss on unseen text rises again before the end, within minutes "
+            "on two cores. Which arm would win played no part."
         ),
     },
 }

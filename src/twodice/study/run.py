@@ -27,7 +27,7 @@ from twodice.study.spec import Settled, StudySpec, differences, read_spec, write
 from twodice.training.config import TrainConfig, with_setting
 
 TEXT, TRIALS, TUNING, BEST = "text", "trials", "tuning", "best"
-_EVALUATIONS, _FEWEST_STEPS = 20, 20
+_EVALUATIONS, _FEWEST_EVALUATIONS, _FEWEST_STEPS = 20, 10, 20
 _REHEARSAL_STEPS = 6
 _MOST_WORKERS = 8
 _CHECKPOINT_S = 20.0
@@ -208,20 +208,26 @@ def settle(study: Study, arms: list[Arm], trials: int) -> Settled:
     seconds = spec.minutes * 60
     reserve = min(_RESERVE_S[1], max(_RESERVE_S[0], seconds / 10)) if spec.sampling is not None else 2.0
     each = (seconds - (time.monotonic() - study.began) - reserve) / math.ceil(trials / workers)
-    left = each - max(0.0, beside) - (_EVALUATIONS + 1) * evaluation_s
-    steps = int(left / step_s)
+    each -= max(0.0, beside)
+    # Evaluations take a fifth of a trial at most, unless that were too few to find the best step.
+    evaluations = max(_FEWEST_EVALUATIONS, min(_EVALUATIONS, int(0.2 * each / evaluation_s)))
+    steps = int((each - (evaluations + 1) * evaluation_s) / step_s)
     if steps < _FEWEST_STEPS:
-        need = (each - left + _FEWEST_STEPS * step_s) * math.ceil(trials / workers) + seconds / 10
+        least = max(0.0, beside) + (_FEWEST_EVALUATIONS + 1) * evaluation_s + _FEWEST_STEPS * step_s
+        need = least * math.ceil(trials / workers) + (time.monotonic() - study.began) + reserve
         raise ConfigError(
-            f"{spec.minutes:g} minutes are too few for {trials} trials of at least {_FEWEST_STEPS} steps on "
-            f"this machine; "
-            f"give about {math.ceil(need / 60 + 0.5)} minutes, fewer arms or seeds, or a smaller model"
+            f"{spec.minutes:g} minutes are too few for {trials} trials of at least {_FEWEST_STEPS} steps "
+            f"here; "
+            f"give about {math.ceil(1.1 * need / 60)} minutes, fewer arms or seeds, or a smaller model"
         )
-    return _settled(steps, workers, threads, step_s, f"what {spec.minutes:g} minutes allow here ({how})")
+    reason = f"what {spec.minutes:g} minutes allow here ({how})"
+    return _settled(steps, workers, threads, step_s, reason, evaluations)
 
 
-def _settled(steps: int, workers: int, threads: int, step_s: float | None, reason: str) -> Settled:
-    every = max(1, math.ceil(steps / _EVALUATIONS))
+def _settled(
+    steps: int, workers: int, threads: int, step_s: float | None, reason: str, evaluations: int = _EVALUATIONS
+) -> Settled:
+    every = max(1, math.ceil(steps / evaluations))
     save = steps if step_s is None else max(1, math.ceil(_CHECKPOINT_S / step_s))
     return Settled(
         steps=steps, workers=workers, threads=threads, evaluate_every=every, checkpoint_every=min(save, steps),

@@ -1,0 +1,161 @@
+"""From records to the report: the same bytes in any order, the shape that the issue names, words that follow numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.example_records import example_records
+from tests.support.example_report import example_report
+
+from twodice.errors import ConfigError, DataError
+from twodice.study import compare, schema
+from twodice.study.records import RECORDS, Recorder, read_records
+from twodice.study.sanity import xz_bits_per_byte
+from twodice.study.summary import choose_cross, earlier_sd_percent, summarise, write_summary
+
+
+def write(folder: Path, records: list[dict[str, object]]) -> None:
+    (folder / RECORDS).write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+
+def test_shuffled_and_doubled_records_give_the_same_bytes(tmp_path: Path) -> None:
+    records = example_records()
+    write(tmp_path, records)
+    write_summary(tmp_path)
+    first = (tmp_path / "report.json").read_bytes()
+    order = np.random.default_rng(0).permutation(len(records))
+    write(tmp_path, [records[i] for i in order] + records[3:6])
+    write_summary(tmp_path)
+    assert (tmp_path / "report.json").read_bytes() == first
+    assert schema.read_report(tmp_path / "report.json") == summarise(records)
+
+
+def test_the_report_has_the_names_and_shapes_that_programs_read() -> None:
+    report = json.loads(summarise(example_records()).as_json())
+    assert {"twodice", "data", "model", "baseline", "best", "steps", "arms", "sampling"} <= report.keys()
+    for arm in report["arms"]:
+        assert {"name", "settings", "seeds", "at_best", "at_end", "verdict"} <= arm.keys()
+        for when in ("at_best", "at_end"):
+            for loss in ("train_nats_per_token", "validation_nats_per_token", "validation_bits_per_byte",
+                         "gap_nats_per_token"):  # fmt: skip
+                assert set(arm[when][loss]) == {"mean", "low", "high", "values"}
+            told = arm[when]["difference"]
+            if arm["name"] == "neither":
+                assert told is None
+            else:
+                assert {"mean", "low", "high", "p", "p_adjusted", "more_seeds"} <= told.keys()
+    for cell in report["sampling"]:
+        assert set(cell) >= {"arm", "setting", "measures"}
+
+
+def test_best_and_end_are_both_told_and_the_verdict_is_that_of_the_best() -> None:
+    report = summarise(example_records())
+    neither, dropout, decay = report.arms
+    assert neither.at_best.steps == [10, 10, 10] and neither.at_end.steps == [20, 20, 20]
+    assert dropout.verdict == "cannot tell" and dropout.at_end.verdict == "helps" and dropout.only_at_end
+    assert decay.verdict == "hurts" and decay.words.startswith("hurts by 6.")
+    assert report.best == report.baseline == "neither"
+    assert any("at the end of training only" in text for text in report.details)
+    assert neither.overfits_percent == pytest.approx(
+        100 * 0.4 / neither.at_best.validation_nats_per_token.mean
+    )
+    assert neither.at_end.gap_nats_per_token.mean == pytest.approx(1.0)
+    assert report.cross is not None and report.cross.with_dropout == "dropout"
+    assert "no arm helps" in report.cross.reason
+    assert "not tuned for each arm" in " ".join(report.how.notes)
+
+
+def test_a_stopped_study_is_reported_for_the_seeds_that_are_whole() -> None:
+    records = [
+        r
+        for r in example_records()
+        if not (r["kind"] == "trial" and r["seed"] == 2 and r["arm"] == "dropout")
+    ]
+    report = summarise(records)
+    assert report.seeds == [0, 1] and not report.is_complete and report.answer.startswith("So far")
+    alone = [
+        r for r in example_records() if r["kind"] == "study" or (r["kind"] == "trial" and r["seed"] == 0)
+    ]
+    report = summarise(alone)
+    assert report.arms[1].at_best.difference is not None and report.arms[1].at_best.difference.p is None
+    assert report.arms[1].verdict == "cannot tell" and "one seed" in report.arms[1].words
+    with pytest.raises(DataError, match="at least one seed"):
+        summarise(alone[:1])
+
+
+def test_equal_arms_cannot_be_told_apart() -> None:
+    values = [3.1, 3.2, 3.05, 3.3]
+    (told,) = compare.compare(values, [values])
+    assert (told.mean, told.low, told.high, told.p, told.p_adjusted) == (0, 0, 0, 1, 1)
+    assert compare.verdict(told) == "cannot tell" and told.more_seeds is None
+    assert compare.words(told) == "cannot tell: no difference at all"
+
+
+def test_words_carry_the_adjusted_interval_in_percent() -> None:
+    base = [2.0, 2.0, 2.0]
+    (told,) = compare.compare(base, [[1.93, 1.94, 1.95]])
+    half = 4.302652729911275 * 0.01 / math.sqrt(3) / 2 * 100
+    assert compare.words(told) == f"helps by 3.0 % [{3 - half:.1f}, {3 + half:.1f}]"
+    (told,) = compare.compare(base, [[2.07, 2.06, 2.05]])
+    assert compare.words(told).startswith("hurts by 3.0 % [1.8")
+    (told,) = compare.compare(base, [[2.1, 1.93, 2.0]])
+    assert compare.words(told).startswith(
+        "cannot tell: 0.5 % worse ["
+    ) and "more seeds would" in compare.words(told)
+
+
+def test_the_imagined_report_is_of_the_same_shape() -> None:
+    report = example_report()
+    assert schema.Report.model_validate_json(report.as_json()) == report
+
+
+def test_the_cross_holds_the_best_arm_and_one_with_dropout() -> None:
+    report = example_report()
+    by_name = {arm.name: arm for arm in report.arms}
+    names, chosen, why = choose_cross(report.arms, "neither", "both")
+    assert (names, chosen) == (["neither", "both"], "both") and "optimizer.weight_decay too" in why
+    names, chosen, why = choose_cross(
+        [by_name[n] for n in ("neither", "dropout", "weight decay")], "neither", "weight decay"
+    )
+    assert (names, chosen) == (["neither", "weight decay", "dropout"], "dropout") and "has no dropout" in why
+    assert choose_cross([by_name["neither"], by_name["weight decay"]], "neither", "neither")[1] is None
+
+
+def test_a_line_that_a_kill_cut_short_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
+    log = Recorder(tmp_path)
+    log.write({"kind": "trial", "arm": "a", "seed": 0})
+    log.write({"kind": "trial", "arm": "a", "seed": 0})
+    log.close()
+    path = tmp_path / RECORDS
+    whole = path.read_bytes()
+    assert whole.count(b"\n") == 1
+    path.write_bytes(whole + b'{"kind": "trial", "arm": "b", "se')
+    assert len(read_records(tmp_path)) == 1
+    log = Recorder(tmp_path)
+    assert log.has("trial", arm="a", seed=0) and not log.has("trial", arm="b", seed=0)
+    with pytest.raises(ConfigError, match="another command is working"):
+        Recorder(tmp_path)
+    log.write({"kind": "trial", "arm": "b", "seed": 0})
+    log.close()
+    assert path.read_bytes() == whole + b'{"kind": "trial", "arm": "b", "seed": 0}\n'
+    path.write_bytes(b"{\n" + whole)
+    with pytest.raises(DataError, match="line 1"):
+        read_records(tmp_path)
+
+
+def test_the_plan_knows_what_earlier_records_measured(tmp_path: Path) -> None:
+    assert earlier_sd_percent(tmp_path) is None
+    write(tmp_path, example_records())
+    found = earlier_sd_percent(tmp_path)
+    assert found is not None and 0 < found < 1
+
+
+def test_xz_needs_nothing_for_text_it_has_seen_and_8_bits_for_noise() -> None:
+    text = ["The import statement combines two operations; it searches for the named module. " * 3]
+    assert xz_bits_per_byte(text, text) < 0.4
+    noise = "".join(map(chr, np.random.default_rng(1).integers(33, 127, 4000)))
+    assert xz_bits_per_byte(text, [noise]) == pytest.approx(math.log2(94), rel=0.05)
