@@ -97,7 +97,7 @@ class TrainConfig(_Settings):
     )
     tokenizer: str | None = Field(
         default=None,
-        description="kind: bpe (learned from the training part), bytes, or a folder; default bpe, or the model's own",
+        description="kind: bpe (learned here), bytes, or a folder; default bpe, or the model's own",
     )
     vocabulary: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="vocabulary of a trained tokenizer; default from the amount of text"
