@@ -29,18 +29,21 @@ _HOMES = {
     "SamplingParams": "twodice.sampling.params",
     "TwodiceError": "twodice.errors",
     "attach": "twodice.dropout.attach",
-    "dropout": "twodice.dropout.functional",
     "dropout_add": "twodice.dropout.functional",
     "sample": "twodice.sampling.sample",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", "dropout", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "dropout":  # the folder, which is callable; importing it binds the name here
+        return importlib.import_module("twodice.dropout")
     if name not in _HOMES:
         raise AttributeError(f"module 'twodice' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # so that the next use costs a look-up and no more
+    return value
 
 
 def __dir__() -> list[str]:

@@ -44,6 +44,7 @@ def facts() -> dict[str, Any]:
         "versions": _versions(),
         "kernels": dispatch.backend(),
         "why": dispatch.why(),
+        "instructions": dispatch.facts()["simd_levels"],
         "processor": _processor(),
         "cores": cores,
         "threads": torch.get_num_threads(),
