@@ -32,9 +32,8 @@ def study(
         list[str] | None,
         typer.Option(
             metavar="NAME=TEXT",
-            help="An arm: 'light=residual=0.1; weight_decay=0.5' holds entries of the dropout plan and training "
-            "settings. The one named neither or baseline, else the first, is the baseline. Default: six "
-            "arms.",
+            help="An arm: 'light=residual=0.1; weight_decay=0.5' holds entries of the dropout plan and "
+            "training settings. The one named neither or baseline, else the first, is the baseline. Default: six.",
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Trials of each arm, paired by seed. Default 5.")] = None,
@@ -144,8 +143,8 @@ def _say_plan(spec: StudySpec, out: Path, json: bool) -> None:
     for arm in arms:
         what = "baseline" if arm.name == spec.baseline else "arm"
         line(what, f"{arm.name}: {arm.text if arm.text else 'as the settings of all arms say'}")
-    line("trials", f"{len(arms)} arms x {spec.seeds} seeds" + (f" + {len(arms) * tunings} to tune" if tunings else "")
-         + f" = {trials}")  # fmt: skip
+    tuning = f" + {len(arms) * tunings} to tune" if tunings else ""
+    line("trials", f"{len(arms)} arms x {spec.seeds} seeds{tuning} = {trials}")
     if spec.minutes is not None:
         line("time", f"{duration(spec.minutes * 60)} in all, as asked; the steps follow from a few real ones")
     else:

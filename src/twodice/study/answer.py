@@ -24,7 +24,7 @@ def answer_of(arms: Sequence[schema.Arm], baseline: str, *, is_complete: bool) -
     others = [arm for arm in arms if not arm.has_dropout and arm.name != baseline]
     said = _of_group(dropping, "dropout", baseline) if dropping else _of_group(others, "", baseline)
     if dropping and others:
-        said += "; without dropout " + ", ".join(f"'{arm.name}' {arm.words}" for arm in others)
+        said += "; without dropout " + ", ".join(map(_of_other, others))
     text = lead + said
     return text[0].upper() + text[1:] + "."
 
@@ -42,6 +42,12 @@ def _of_group(arms: Sequence[schema.Arm], what: str, baseline: str) -> str:
     nearest = min(unclear, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
     whether = f"whether {what} helps" if what else "whether any change helps"
     return f"on this text we cannot tell {whether}: arm '{nearest.name}' {_after_colon(nearest.words)}"
+
+
+def _of_other(arm: schema.Arm) -> str:
+    if arm.verdict == "cannot tell":
+        return f"'{arm.name}' cannot be told from it either way ({_after_colon(arm.words)})"
+    return f"'{arm.name}' {arm.words}"
 
 
 def _sentence(words: str) -> str:

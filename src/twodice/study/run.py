@@ -230,9 +230,13 @@ def _settled(
     every = max(1, math.ceil(steps / evaluations))
     save = steps if step_s is None else max(1, math.ceil(_CHECKPOINT_S / step_s))
     return Settled(
-        steps=steps, workers=workers, threads=threads, evaluate_every=every, checkpoint_every=min(save, steps),
+        steps=steps,
+        workers=workers,
+        threads=threads,
+        evaluate_every=every,
+        checkpoint_every=min(save, steps),
         reason=reason,
-    )  # fmt: skip
+    )
 
 
 def _dearest(study: Study, arms: list[Arm], threads: int) -> tuple[TrainConfig, float, float]:
