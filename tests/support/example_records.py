@@ -25,17 +25,39 @@ def example_records() -> list[dict[str, Any]]:
     spec = example_spec()
     records: list[dict[str, Any]] = [
         {
-            "kind": "study", "twodice": "0.1.0", "spec": spec.model_dump(mode="json"), "lr": 1e-3, "sampling": PLAN,
-            "settled": {"steps": 20, "workers": 2, "threads": 1, "evaluate_every": 10, "checkpoint_every": 20,
-                        "reason": "as asked"},
-            "data": {"sources": ["python-docs"], "share": 1.0, "documents": 9, "train_tokens": 900,
-                     "train_bytes": 2000, "validation_a_tokens": 90, "validation_b_tokens": 90,
-                     "validation_b_bytes": 200, "vocabulary": 300, "tokenizer": "bpe", "crosses_documents": True,
-                     "digest": "00", "entropy_nats_per_token": None},
+            "kind": "study",
+            "twodice": "0.1.0",
+            "spec": spec.model_dump(mode="json"),
+            "lr": 1e-3,
+            "sampling": PLAN,
+            "settled": {
+                "steps": 20,
+                "workers": 2,
+                "threads": 1,
+                "evaluate_every": 10,
+                "checkpoint_every": 20,
+                "reason": "as asked",
+            },
+            "data": {
+                "sources": ["python-docs"],
+                "share": 1.0,
+                "documents": 9,
+                "train_tokens": 900,
+                "train_bytes": 2000,
+                "validation_a_tokens": 90,
+                "validation_b_tokens": 90,
+                "validation_b_bytes": 200,
+                "vocabulary": 300,
+                "tokenizer": "bpe",
+                "crosses_documents": True,
+                "digest": "00",
+                "entropy_nats_per_token": None,
+            },
             "model": {"name": "gpt2-nano", "parameters": 10, "context": 16, "batch": 4},
-            "machine": {"torch": "2"}, "commands": {"study": "twodice study"},
+            "machine": {"torch": "2"},
+            "commands": {"study": "twodice study"},
         }
-    ]  # fmt: skip
+    ]
     # At best dropout neither helps nor hurts; at the end, where the others overfit, it helps. Weight decay hurts.
     levels = {"neither": (3.0, 3.4), "dropout": (3.0, 3.1), "weight decay": (3.2, 3.5)}
     for seed in spec.seed_list:
@@ -43,29 +65,66 @@ def example_records() -> list[dict[str, Any]]:
             wobble = 0.05 * seed + 0.004 * ((seed + 1) * (number + 2) % 3)
             evaluations = [
                 {
-                    "kind": "evaluation", "step": step, "train_nats_per_token": loss - 0.05 * step,
-                    "validation_a_nats_per_token": loss + 0.01, "validation_b_nats_per_token": loss,
-                    "train_bits_per_byte": 1.0, "validation_a_bits_per_byte": loss / 2,
+                    "kind": "evaluation",
+                    "step": step,
+                    "train_nats_per_token": loss - 0.05 * step,
+                    "validation_a_nats_per_token": loss + 0.01,
+                    "validation_b_nats_per_token": loss,
+                    "train_bits_per_byte": 1.0,
+                    "validation_a_bits_per_byte": loss / 2,
                     "validation_b_bits_per_byte": loss / 2,
                 }
                 for step, loss in ((0, 6 + wobble), (10, best + wobble), (20, end + wobble))
-            ]  # fmt: skip
-            records.append({"kind": "trial", "arm": name, "seed": seed, "steps": 20, "best_step": 10,
-                            "evaluations": evaluations})  # fmt: skip
+            ]
+            records.append(
+                {
+                    "kind": "trial",
+                    "arm": name,
+                    "seed": seed,
+                    "steps": 20,
+                    "best_step": 10,
+                    "evaluations": evaluations,
+                }
+            )
     xz = {"name": "xz", "value": 2.5, "unit": "bits per byte", "words": "xz needs 2.50 bits per byte"}
     records.append({"kind": "sanity", "items": [xz]})
-    measures = {"rep_4": 0.1, "looping_tails": 0.2, "distinct_2": 0.7, "self_bleu": 0.3,
-                "longest_copied_characters": 12.0}  # fmt: skip
+    measures = {
+        "rep_4": 0.1,
+        "looping_tails": 0.2,
+        "distinct_2": 0.7,
+        "self_bleu": 0.3,
+        "longest_copied_characters": 12.0,
+    }
     records.append({"kind": "human", "measures": {**measures, "texts": 2}, "examples": []})
     for seed in spec.seed_list:
         for name in ("neither", "dropout"):
             for setting in settings_of((5, None), (1.0,)):
                 drawn = {**measures, "rep_4": 0.1 + 0.01 * seed, "own_nats_per_token": 2.0 - setting.greedy}
-                records.append({"kind": "sampling", "arm": name, "seed": seed, "texts": 2,
-                                "setting": setting.model_dump(), "draws": [drawn] * (1 if setting.greedy else 2),
-                                "longest_copied_most": 20 + seed})  # fmt: skip
+                records.append(
+                    {
+                        "kind": "sampling",
+                        "arm": name,
+                        "seed": seed,
+                        "texts": 2,
+                        "setting": setting.model_dump(),
+                        "draws": [drawn] * (1 if setting.greedy else 2),
+                        "longest_copied_most": 20 + seed,
+                    }
+                )
                 if seed == 0:
-                    records.append({"kind": "example", "arm": name, "seed": 0, "number": 0, "setting": setting.name,
-                                    "prompt": "A", "draw": None, "text": "<b>", "rep_4": 0.0,
-                                    "longest_copied_characters": 1, "copied_from": 0})  # fmt: skip
+                    records.append(
+                        {
+                            "kind": "example",
+                            "arm": name,
+                            "seed": 0,
+                            "number": 0,
+                            "setting": setting.name,
+                            "prompt": "A",
+                            "draw": None,
+                            "text": "<b>",
+                            "rep_4": 0.0,
+                            "longest_copied_characters": 1,
+                            "copied_from": 0,
+                        }
+                    )
     return records

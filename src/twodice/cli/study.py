@@ -33,7 +33,7 @@ def study(
         typer.Option(
             metavar="NAME=TEXT",
             help="An arm: 'light=residual=0.1; weight_decay=0.5' holds entries of the dropout plan and "
-            "training settings. The one named neither or baseline, else the first, is the baseline. Default: six.",
+            "training settings. The one named neither or baseline, else the first, is the baseline.",
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Trials of each arm, paired by seed. Default 5.")] = None,

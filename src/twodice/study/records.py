@@ -85,6 +85,7 @@ def _lock(file: BinaryIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        file.close()
         raise ConfigError(
             f"another command is working in {folder}; wait for it, or give another --out"
         ) from None

@@ -293,8 +293,11 @@ def _study_record(
 def _trial_config(config: TrainConfig, settled: Settled, seed: int) -> TrainConfig:
     values = config.model_dump()
     values.update(steps=settled.steps, epochs=None, minutes=None, seed=seed, threads=settled.threads)
-    values["evaluation"]["every"] = settled.evaluate_every
-    values["checkpoint"].update(every=settled.checkpoint_every, keep=1)
+    if values["evaluation"]["every"] is None:
+        values["evaluation"]["every"] = settled.evaluate_every
+    if values["checkpoint"]["every"] is None:
+        values["checkpoint"]["every"] = settled.checkpoint_every
+    values["checkpoint"]["keep"] = 1  # what a trial leaves behind is its model
     return TrainConfig.model_validate(values)
 
 
@@ -394,8 +397,8 @@ def _generate(study: Study, arms: list[Arm], settled: Settled) -> None:
         return
     plan = {**record["sampling"], "shown": _SHOWN_PROMPTS}
     if not study.log.has("human"):
-        values = {"folder": study.text, "plan": plan}
-        study.log.write({"kind": "human", **study.pool.all([Job("human", values, "held-out text")])[0]})
+        asked: dict[str, Any] = {"folder": study.text, "plan": plan}
+        study.log.write({"kind": "human", **study.pool.all([Job("human", asked, "held-out text")])[0]})
     report = summary.summarise(study.log.records)
     names, _, _ = summary.choose_cross(report.arms, report.baseline, report.best)
     by_name = {arm.name: arm for arm in arms}
@@ -409,7 +412,8 @@ def _generate(study: Study, arms: list[Arm], settled: Settled) -> None:
     jobs = []
     for name, seed in todo:
         folder = _trial_folder(study.out, by_name[name], seed) / "model"
-        values = {"folder": study.text, "model": str(folder), "threads": settled.threads, "plan": plan}
+        values: dict[str, Any] = {"folder": study.text, "model": str(folder), "plan": plan}
+        values["threads"] = settled.threads
         jobs.append(Job("generate", values, f"texts of '{name}', seed {seed}"))
     if not jobs:
         return

@@ -98,7 +98,7 @@ def test_every_arm_is_tuned_with_the_same_effort_on_a_seed_of_its_own() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             make_spec(settings={}, arms=[], tune=[tune])
-    with pytest.raises(ConfigError, match="sets optimizer.weight_decay itself"):
+    with pytest.raises(ConfigError, match=r"sets optimizer\.weight_decay itself"):
         make_spec(settings={}, arms=[], tune=["weight_decay=0.1,1"])
 
 

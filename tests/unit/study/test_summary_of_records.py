@@ -1,4 +1,4 @@
-"""From records to the report: the same bytes in any order, the shape that the issue names, words that follow numbers."""
+"""From records to the report: the same bytes in any order, the promised shape, words that follow numbers."""
 
 from __future__ import annotations
 
