@@ -58,7 +58,7 @@ def example_records() -> list[dict[str, Any]]:
             "commands": {"study": "twodice study"},
         }
     ]
-    # At best dropout neither helps nor hurts; at the end, where the others overfit, it helps. Weight decay hurts.
+    # At best dropout makes no difference; at the end, where the others overfit, it helps. Weight decay hurts.
     levels = {"neither": (3.0, 3.4), "dropout": (3.0, 3.1), "weight decay": (3.2, 3.5)}
     for seed in spec.seed_list:
         for number, (name, (best, end)) in enumerate(levels.items()):

@@ -51,13 +51,15 @@ class _Worker:
             env=environment,
             encoding="utf-8",
         )
-        threading.Thread(target=self._read, args=(answers,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(answers,), daemon=True)
+        self._reader.start()
 
     def _read(self, answers: queue.SimpleQueue[tuple[_Worker, dict[str, Any] | None]]) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with suppress(ValueError):  # a line that a death cut short; the end of the pipe says the rest
-                answers.put((self, json.loads(line)))
+        with self.process.stdout as lines:
+            for line in lines:
+                with suppress(ValueError):  # a line that a death cut short; the end of the pipe says the rest
+                    answers.put((self, json.loads(line)))
         answers.put((self, None))
 
     def send(self, value: dict[str, Any]) -> None:
@@ -75,6 +77,7 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._reader.join(5)
 
 
 class Pool:
@@ -188,6 +191,7 @@ class Pool:
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         what = "between two jobs" if index is None else f"during {listed[index].name or listed[index].do}"
         worker.job = None
+        worker.end()
         if stopping:
             return
         if index is not None:
