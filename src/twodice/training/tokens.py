@@ -60,6 +60,6 @@ def store_for(
         share=settled.share if settled.share < 1 else None,
     )
     if say is not None:
-        for text in store.notices:
+        for text in store.notices_at(settled.context):
             say(text)
     return store
