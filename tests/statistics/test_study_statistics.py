@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def simulated(shape: str, truth: list[float], seeds: int, salt: int = 0) -> np.ndarray:
-    """Differences (S, A, N): every arm and the baseline have noise of their own, and share that of the seed."""
+    """Differences (S, A, N): every arm and the baseline have own noise, and share that of the seed."""
     g = np.random.default_rng([20, seeds, len(truth), salt, *map(ord, shape)])
     draw = SHAPES[shape]
     shared = 5.0 * draw(g, (STUDIES, 1, seeds))

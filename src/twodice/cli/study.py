@@ -88,6 +88,9 @@ def study(
         "seed": seed,
     }
     asked["settings"] = {**asked["settings"], **{k: v for k, v in flags.items() if v is not None}}
+    if minutes is not None:
+        # A time that is typed takes the place of a file's or a preset's steps.
+        asked["settings"].pop("steps", None)
     if arm:
         asked["arms"] = [_arm(text) for text in arm]
     if tune:
