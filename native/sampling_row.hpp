@@ -542,11 +542,12 @@ class Chain {
         uint32_t i = begin;
 #ifdef TWODICE_LEVEL_AVX2
         // z + bound > score in float32 for 8 tokens at once. The margin covers its rounding; a NaN (0 * inf at a tiny
-        // temperature) passes on to the exact test.
+        // temperature) passes on to the exact test. A difference of logits that overflows is decided by it only while the
+        // temperature cannot bring it back.
         const float inverse = static_cast<float>(1.0 / temperature_);
         const __m256 scale = _mm256_set1_ps(inverse), top = _mm256_set1_ps(static_cast<float>(max_));
         const __m256 slope = _mm256_set1_ps(-0x1p-23f * 0.6931472f), offset = _mm256_set1_ps(143.0f * 0.6931472f);
-        if constexpr (sizeof(F) == 4) {
+        if (sizeof(F) == 4 && temperature_ < 1e30) {
             __m256 least = _mm256_set1_ps(static_cast<float>(best.score) - 2e-3f);
             for (; i + 8 <= end; i += 8) {
                 const __m128i high = _mm_load_si128(reinterpret_cast<const __m128i*>(lanes + (i - begin)));

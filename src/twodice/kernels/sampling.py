@@ -169,7 +169,9 @@ def _edit(x: Tensor, settings: Settings, history: tuple[Tensor, Tensor] | None) 
             tokens, offsets = history
             ids = tokens[int(offsets[i]) : int(offsets[i + 1])].unique()
             old = x[i, ids]
-            x[i, ids] = torch.where(old > 0, old / penalty, old * penalty)
+            # A tensor and not a number: by a number CUDA multiplies with the reciprocal, which rounds twice.
+            factor = torch.tensor(penalty, dtype=x.dtype, device=x.device)
+            x[i, ids] = torch.where(old > 0, old / factor, old * factor)
     return x
 
 
@@ -265,6 +267,7 @@ def reference(
             out.entropy = torch.where(ok, sum_kept.log() - ez / sum_kept, nan)
     if "raw_logprob" in need:
         wide_raw = raw.to(torch.float64)
+        wide_raw = wide_raw - wide_raw.amax(1, keepdim=True)  # or log 2 is lost beside 3e38
         at = wide_raw.gather(1, tokens.clamp(0, vocabulary - 1)[:, None])[:, 0]
         out.raw_logprob = torch.where(ok, at - torch.logsumexp(wide_raw, 1), nan)
     return out

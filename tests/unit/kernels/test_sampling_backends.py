@@ -133,3 +133,18 @@ def test_every_exponent_and_sign_of_float16_is_widened_exactly() -> None:
     every = every[every.isfinite()]
     for k in (1, 7, 64):
         assert_equal(*both(every.reshape(2, -1), SamplingParams(seed=1, top_k=k, temperature=1e4), 0))
+
+
+def test_a_temperature_that_brings_back_what_float32_cannot_hold_gives_the_same_bits() -> None:
+    """Logits 6e38 apart: their difference overflows float32, divided by 1e38 it is 6."""
+    logits = torch.full((64, 256), -3e38)
+    logits[:, 0] = 3e38
+    native, reference = both(logits, [SamplingParams(temperature=1e38, seed=s) for s in range(64)], 0)
+    assert_equal(native, reference)
+    assert native.tokens.unique().numel() > 1
+
+
+def test_log_probabilities_of_equal_and_huge_logits_are_not_lost_in_rounding() -> None:
+    for found in both(torch.full((1, 2), -3e38), SamplingParams(seed=0), 0):
+        assert found.raw_logprob is not None
+        assert found.raw_logprob.item() == pytest.approx(-0.6931471805599453, abs=1e-12)
