@@ -11,24 +11,25 @@ STUDIES: dict[str, dict[str, Any]] = {
         "settings": {
             "data": ["python-docs"],
             "model": "gpt2-pico",
-            "share": 0.06,
+            "share": 0.07,
             "vocabulary": 512,
             "context": 64,
             "batch": 8,
-            "steps": 320,
-            "optimizer": {"lr": 4e-3},
+            "steps": 330,
+            "optimizer": {"lr": 2e-3},
             "evaluation": {"windows": 32},
         },
         "seeds": 5,
         "demo": True,
         "sampling": {"prompts": 12, "prompt_tokens": 16, "tokens": 48},
         "case": (
-            "Text is scarce here on purpose, because that is when dropout is worth asking about: 6 "
-            "% of the training part of Python's language reference, read about 20 times by a model "
-            "of two layers. Sizes and steps were tried on a seed outside the study and judged by "
-            "one thing only: that without dropout the loss on unseen text rises again before the "
-            "end, within minutes on two cores. Which arm would win played no part. The steps are "
-            "fixed, so that the case is the same on every machine."
+            "Text is scarce here on purpose, because that is when dropout is worth asking about: 7 "
+            "% of the training part of Python's language reference, read about 16 times by a model "
+            "of two layers. Share, learning rate and steps were chosen by about fifteen short trials, most "
+            "on seeds outside the study and a few on its own, so that the arm 'neither' overfits well "
+            "before the end and all fits into minutes on two cores. Some trials ran other arms too and "
+            "their losses were seen; the choice was made by the arm 'neither'. The steps are fixed, so that "
+            "the case is the same on every machine."
         ),
     },
 }
