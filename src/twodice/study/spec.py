@@ -166,6 +166,10 @@ def make_spec(
             "a study takes --minutes, or --set steps=N; epochs and --set minutes belong to one run"
         )
     if base.steps is not None:
+        if rest.get("minutes") is not None:
+            raise ConfigError(
+                f"give minutes or steps, not both; got minutes {rest['minutes']} and steps {base.steps}"
+            )
         rest["minutes"] = None
     named = list(arms) if arms else default_arms(demo=demo)
     parsed = [parse_arm(name, text, base) for name, text in named]

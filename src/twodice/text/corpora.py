@@ -77,7 +77,7 @@ def load_documents(sources: Sequence[str | Path], *, field: str = "text") -> Cor
             documents += drawn.documents
             entropy = drawn.entropy_nats_per_byte
         else:
-            path = Path(source).expanduser()
+            path = _path_of(name)
             if path.is_dir():
                 _read_folder(path, field, documents, notices)
             else:
@@ -87,6 +87,19 @@ def load_documents(sources: Sequence[str | Path], *, field: str = "text") -> Cor
         entropies.append(entropy)
     known = entropies[0] if len(entropies) == 1 else None
     return Corpus(tuple(documents), tuple(str(s) for s in sources), tuple(notices), known)
+
+
+def _path_of(name: str) -> Path:
+    """The path that a person typed; an empty one is a variable that was not set, never this folder."""
+    if not name or "\0" in name:
+        raise DataError(
+            f"a source must be a file, a folder or one of {', '.join(NAMED_SOURCES)}; got {name!r}"
+            + ("" if name else ": write . for this folder")
+        )
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{name} must begin with a user who has a home here, or with ./") from error
 
 
 def python_docs() -> list[Document]:
@@ -183,7 +196,7 @@ def _read_folder(folder: Path, field: str, documents: list[Document], notices: l
     """Every text under `folder`, in order of the paths."""
     wanted = TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES
     files: list[Path] = []
-    hidden = links = others = empty = 0
+    hidden = links = broken = others = empty = 0
     endings: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -205,14 +218,17 @@ def _read_folder(folder: Path, field: str, documents: list[Document], notices: l
                 others += 1
                 endings.add(path.suffix.lower() or "no ending")
     for path in sorted(files, key=lambda p: p.relative_to(folder).parts):
-        # An empty file among others is a habit (__init__.py), not a mistake.
-        if path.stat().st_size == 0:
+        # An empty file among others is a habit (__init__.py), not a mistake; so is a link to what has gone.
+        if path.is_symlink() and not path.exists():
+            broken += 1
+        elif path.stat().st_size == 0:
             empty += 1
         else:
             _read_file(path, field, documents, notices)
     for count, what in (
         (hidden, "hidden files or folders"),
         (links, "links to folders"),
+        (broken, "links that lead nowhere"),
         (empty, "empty files"),
         (
             others,

@@ -46,11 +46,14 @@ def read_jsonl(path: Path, data: bytes, field: str) -> Iterator[Document]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except RecursionError as error:
+            raise DataError(f"{where} must be one JSON object; it is broken: nested too deep") from error
+        except ValueError as error:
+            # Python refuses whole numbers of more than some thousand digits with a plain ValueError.
             what = (
                 f"{error.msg} at column {error.colno}"
                 if isinstance(error, json.JSONDecodeError)
-                else "nested too deep"
+                else "a number has too many digits"
             )
             raise DataError(f"{where} must be one JSON object; it is broken: {what}") from error
         if not isinstance(record, dict):

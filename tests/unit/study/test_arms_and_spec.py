@@ -107,6 +107,8 @@ def test_a_study_has_minutes_or_steps() -> None:
     assert make_spec(settings={}, arms=[], changes=["steps=30"]).minutes is None
     with pytest.raises(ConfigError, match="epochs"):
         make_spec(settings={"epochs": 2}, arms=[])
+    with pytest.raises(ConfigError, match="minutes or steps, not both"):
+        make_spec(settings={"minutes": 7}, arms=[], changes=["steps=30"])
 
 
 def test_a_spec_file_says_what_flags_say(tmp_path: Path) -> None:

@@ -42,6 +42,31 @@ def test_a_folder_is_read_recursively_in_order_and_what_is_left_out_is_said(tmp_
         assert words in said
 
 
+def test_a_link_that_leads_nowhere_is_passed_over_and_said(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    corpus = load_documents([tmp_path])
+    assert [document.text for document in corpus.documents] == ["one"]
+    assert any("1 links that lead nowhere skipped" in notice for notice in corpus.notices)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "~a-user-who-is-not-here/x"])
+def test_a_source_that_can_be_no_path_is_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.txt").write_text("one", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="must"):
+        load_documents([name])
+
+
+def test_a_number_with_too_many_digits_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "fine"}\n{"text": "x", "id": ' + "1" * 5000 + "}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2 must be one JSON object.*too many digits"):
+        load_documents([file])
+
+
 def test_a_file_that_is_named_is_read_whatever_its_ending(tmp_path: Path) -> None:
     (tmp_path / "notes.xyz").write_text("hello")
     assert load_documents([str(tmp_path / "notes.xyz")]).documents[0].text == "hello"
