@@ -259,6 +259,11 @@ class Hook:
             )
         return Inert()
 
+    def __reduce__(self) -> NoReturn:
+        raise ContractError(
+            "an attached model cannot be pickled; save its state_dict, or call handle.detach() first"
+        )
+
 
 class Reader:
     """Reads the rows and the positions of a forward of a language model from its arguments."""

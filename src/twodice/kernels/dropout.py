@@ -10,6 +10,7 @@ Letters: B rows, H heads, T positions, C columns, S keys, N rows of a flattened 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -99,7 +100,9 @@ def dropout(
         )
     if x.is_cpu:
         # Values now: a schedule's tensor may be changed in place before the backward pass reads it.
-        threshold, step = int(threshold), int(step)
+        threshold = int(threshold)
+        if type(step) is not int:
+            step = _whole(step)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         if out is not None:
             raise ContractError(
@@ -109,6 +112,14 @@ def dropout(
             x, residual, threshold, bits, step, examples, positions, key_positions, layout
         )
     return _forward(x, residual, threshold, bits, step, examples, positions, key_positions, layout, out)
+
+
+def _whole(step: Any) -> int:
+    """A step that is not plainly an int: numpy's, a tensor's; never a rounded fraction."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise ConfigError(f"step must be an integer in [0, {BOUNDS['step']}); got {step!r}") from None
 
 
 class _Dropout(torch.autograd.Function):
@@ -203,7 +214,10 @@ def _native_forward(
 ) -> torch.Tensor:
     shape = sizes(x, layout)
     y = torch.empty_like(x) if out is None else out
-    if threshold == ONE:
+    if threshold == ONE or not x.numel():
+        # The kernel does not run, and what was given must be right all the same.
+        for name, values in coordinates(x, layout, examples, positions, key_positions).given():
+            check_bounds(name, values)
         # 65536 does not fit the kernel's 16 bits; nothing is kept, and a sum with +0 is the residual but for
         # -0.
         return y.zero_() if residual is None else torch.add(residual, 0.0, out=y)

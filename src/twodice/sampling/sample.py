@@ -89,7 +89,11 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
 
 
 def _history(value: History, rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    ids, offsets = torch.as_tensor(value[0]).to(torch.int64), torch.as_tensor(value[1]).to(torch.int64)
+    ids, offsets = torch.as_tensor(value[0]), torch.as_tensor(value[1])
+    for name, given in (("ids", ids), ("offsets", offsets)):
+        if given.numel() and (given.dtype.is_floating_point or given.dtype == torch.bool):
+            raise ShapeError(f"the {name} of history must be integers; got {given.dtype}")
+    ids, offsets = ids.to(torch.int64), offsets.to(torch.int64)
     # value[2], the lengths of the prompts, is for stages that do not look at the prompt; repetition looks at
     # all of it.
     if ids.ndim != 1 or offsets.shape != (rows + 1,):

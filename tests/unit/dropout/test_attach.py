@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -354,6 +355,15 @@ def test_a_deep_copy_is_detached_and_says_so() -> None:
         torch.testing.assert_close(loss_of(copied, ids), loss_of(model, ids), rtol=0, atol=0)
         with pytest.raises(ContractError, match="copy it outside"):
             copy.deepcopy(model)
+
+
+def test_an_attached_model_is_not_pickled_and_says_what_to_save() -> None:
+    model = small()
+    handle = attach(model, "dropout=0.1")
+    with pytest.raises(ContractError, match="save its state_dict"):
+        pickle.dumps(model)
+    handle.detach()
+    pickle.dumps(model)
 
 
 def test_models_that_share_a_config_do_not_touch_each_other() -> None:

@@ -10,10 +10,11 @@ import os
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
-from twodice.errors import ConfigError
+from twodice.errors import ConfigError, ShapeError
 from twodice.kernels import dispatch
 from twodice.kernels import dropout as kernel
 
@@ -205,6 +206,29 @@ def test_coordinates_out_of_bounds_are_named_by_both_backends(monkeypatch: pytes
                 call(x, 1, 1, bad)
         with pytest.raises(ConfigError, match="column must be in"):
             call(keys, 1, 1, 1, layout="bhts", key_positions=torch.full((1, 8), 2**23))
+
+
+@pytest.mark.parametrize(("shape", "threshold"), [((2, 3, 8), 65536), ((2, 3, 0), 1)])
+def test_coordinates_are_checked_also_where_no_kernel_runs(
+    shape: tuple[int, ...], threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.ones(shape)
+    for call in (kernel.dropout, lambda *a, **k: reference(monkeypatch, *a, **k)):
+        with pytest.raises(ConfigError, match="example must be in"):
+            call(x, threshold, 1, 1, examples=torch.tensor([0, -1]))
+        with pytest.raises(ShapeError, match="examples must be"):
+            call(x, threshold, 1, 1, examples=torch.arange(3))
+        with pytest.raises(ShapeError, match="'bhts' only"):
+            call(x, threshold, 1, 1, key_positions=torch.zeros(2, 8, dtype=torch.int64))
+
+
+def test_a_step_is_an_integer_and_no_fraction_of_one() -> None:
+    x = torch.ones(2, 3, 8)
+    for step in (1.5, torch.tensor(1.5), "1"):
+        with pytest.raises(ConfigError, match="step must be an integer"):
+            kernel.dropout(x, 32768, 1, step)
+    for step in (np.int64(3), torch.tensor(3)):
+        assert same_bits(kernel.dropout(x, 32768, 1, step), kernel.dropout(x, 32768, 1, 3))
 
 
 def test_all_dropped_and_none_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,11 @@ def test_kept_sets_and_probabilities_are_those_of_transformers_where_the_meaning
         (lambda x: sample(x, SamplingParams(), 0, need=("logprobs",)), ConfigError, "did you mean 'logprob'"),
         (lambda x: sample(x, SamplingParams(allowed_tokens=[9]), 0), RequestError, r"ids in \[0, 9\)"),
         (lambda x: sample(x, SamplingParams(repetition_penalty=2), 0), RequestError, "history"),
+        (
+            lambda x: sample(x, SamplingParams(repetition_penalty=2), 0, history=([1.5], [0, 1, 1])),
+            ShapeError,
+            "ids of history must be integers",
+        ),
         (lambda x: sample(x, SamplingParams(), 0, on_bad_row="ignore"), ConfigError, "raise"),
     ],
 )
