@@ -131,8 +131,8 @@ def notes_of(spec: StudySpec, settled: Settled, study: Mapping[str, Any]) -> lis
         (
             "At best: the step with the lowest loss on validation text A. At the end: the last step. All "
             "losses on "
-            "unseen text that are shown and compared are those of validation text B, on which nothing was "
-            "chosen."
+            "unseen text that are shown and compared are those of validation text B, on which no step and no "
+            "setting was chosen; only which arm is called the best is decided there, among those that help."
         ),
         (
             f"Losses are means over the same windows, at most {spec.base.evaluation.windows} of each part, "

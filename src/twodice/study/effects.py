@@ -40,6 +40,13 @@ def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> 
         without, with_dropout = (by_name[name] for name in models)
         if without.seeds == with_dropout.seeds:
             for field in OF_THE_MODEL:
+                told = with_dropout.at_best.difference
+                if field == OF_THE_MODEL[0] and told is not None:
+                    # The verdict's own interval: one page must not say both "cannot tell" and "moves it".
+                    found.append(
+                        Effect(measure=field, die="training", mean=told.mean, low=told.low, high=told.high)
+                    )
+                    continue
                 pair = (getattr(with_dropout.at_best, field), getattr(without.at_best, field))
                 found += _effect(field, "training", [pair])
     for field in OF_THE_TEXT:

@@ -319,7 +319,9 @@ def example_texts(report: Report, most: int = 3) -> tuple[Corners, ...]:
 
 def settings_text(arm: Arm) -> str:
     """What an arm changes, as one would type it."""
-    return arm.text if arm.text else "nothing: all dropout off, the settings below"
+    if arm.text:
+        return arm.text
+    return "nothing: " + ("" if arm.has_dropout else "all dropout off, ") + "the settings below"
 
 
 def style_sheet() -> str:

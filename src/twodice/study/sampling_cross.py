@@ -1,6 +1,6 @@
 """The second die with one trained model: it continues held-out prompts in every setting, and is measured.
 
-Prompts are the beginnings of documents of validation text B, on which no choice was made. Knows models, not
+Prompts are the beginnings of documents of validation text B, on which no step was chosen. Knows models, not
 arms.
 
 Randomness

@@ -44,7 +44,8 @@ def sanity_of(store: Any) -> list[dict[str, Any]]:
                 "name": "true entropy",
                 "value": bits,
                 "unit": "bits per byte",
-                "words": f"the source of the text has {bits:.3f} bits per byte: no model can do better",
+                "words": f"the source of the text has {bits:.3f} bits per byte: in the long run no model can "
+                "do better",
             }
         )
     return items

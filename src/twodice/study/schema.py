@@ -169,7 +169,7 @@ class Effect(_Part):
 
     The training die: with dropout minus without, over both settings. The generation die: drawn minus greedy,
     over both models. The loss on unseen text and the gap have no effect of the generation die: it never
-    touches them.
+    touches them. The interval of the loss is the adjusted one, by which the verdict goes.
     """
 
     measure: str = Field(description="a name of `Measures`, or of `Comparison`")

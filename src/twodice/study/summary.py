@@ -225,6 +225,8 @@ def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[
     by_name = {arm.name: arm for arm in arms}
     dropping = [arm for arm in arms if arm.has_dropout and arm.name != baseline]
     names = [baseline] + ([best] if best != baseline else [])
+    if by_name[baseline].has_dropout:
+        return names, None, f"'{baseline}' has dropout itself, so there is no model without to cross"
     if not dropping:
         return names, None, "no arm has dropout"
     if best != baseline and by_name[best].has_dropout:

@@ -13,7 +13,9 @@ from tests.support.example_report import example_report
 
 from twodice.errors import ConfigError, DataError
 from twodice.study import compare, schema
+from twodice.study.effects import effects
 from twodice.study.records import RECORDS, Recorder, read_records
+from twodice.study.report import settings_text
 from twodice.study.sanity import xz_bits_per_byte
 from twodice.study.summary import choose_cross, earlier_sd_percent, summarise, write_summary
 
@@ -123,6 +125,27 @@ def test_the_cross_holds_the_best_arm_and_one_with_dropout() -> None:
     )
     assert (names, chosen) == (["neither", "weight decay", "dropout"], "dropout") and "has no dropout" in why
     assert choose_cross([by_name["neither"], by_name["weight decay"]], "neither", "neither")[1] is None
+
+
+def test_the_cross_says_of_the_loss_what_the_verdict_says() -> None:
+    report = summarise(example_records())
+    assert report.cross is not None and report.cross.with_dropout == "dropout"
+    arm = report.arms[1]
+    assert arm.at_best.difference is not None
+    # An adjusted interval that is wider than the plain one: the cross must not fall back on the latter.
+    wide = arm.at_best.difference.model_copy(update={"low": -0.5, "high": 0.5})
+    arm = arm.model_copy(update={"at_best": arm.at_best.model_copy(update={"difference": wide})})
+    found = effects([report.arms[0], arm], report.sampling, report.cross)
+    moved = next(e for e in found if e.measure == "validation_nats_per_token")
+    assert (moved.mean, moved.low, moved.high) == (wide.mean, -0.5, 0.5)
+
+
+def test_a_baseline_with_dropout_is_never_called_the_model_without() -> None:
+    baseline, dropout, _ = summarise(example_records()).arms
+    baseline = baseline.model_copy(update={"has_dropout": True})
+    names, chosen, why = choose_cross([baseline, dropout], "neither", "neither")
+    assert (names, chosen) == (["neither"], None) and "has dropout itself" in why
+    assert "all dropout off" not in settings_text(baseline)
 
 
 def test_a_line_that_a_kill_cut_short_is_taken_away_and_nothing_else(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_source_that_can_be_no_path_is_refused_by_name(
 def test_a_number_with_too_many_digits_is_refused_by_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "fine"}\n{"text": "x", "id": ' + "1" * 5000 + "}\n", encoding="utf-8")
-    with pytest.raises(DataError, match="line 2 must be one JSON object.*too many digits"):
+    with pytest.raises(DataError, match=r"line 2 must be one JSON object.*too many digits"):
         load_documents([file])
 
 
