@@ -22,7 +22,7 @@ import twodice
 from twodice.random.keys import Key
 
 INK, MUTED, LOW, HIGH, KEPT = "#1d2433", "#8a93a6", "#e07a3f", "#f3c9ae", "#2f6fb3"
-PROMPT = "The following table lists the"
+PROMPT = "the value of the"
 
 
 def dropped_levels(rows: int = 24, columns: int = 40) -> np.ndarray:
@@ -46,17 +46,32 @@ def next_token_belief(folder: Path, prompt: str) -> tuple[list[str], np.ndarray]
 
 def draw(folder: Path, out: Path, k: int = 10) -> Path:
     """Write `two-dice.png` into `out` and return its path."""
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.edgecolor": MUTED,
-                         "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED})  # fmt: skip
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.6, 4.3), width_ratios=[1.15, 1], layout="constrained")
+    plt.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 10,
+            "text.color": INK,
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": INK,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+        }
+    )
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10.6, 4.3), width_ratios=[1.15, 1], layout="constrained"
+    )
     levels = dropped_levels()
-    left.pcolormesh(levels[::-1], cmap=ListedColormap(["#eef1f6", HIGH, LOW]), edgecolors="white", linewidth=0.6)
+    left.pcolormesh(
+        levels[::-1], cmap=ListedColormap(["#eef1f6", HIGH, LOW]), edgecolors="white", linewidth=0.6
+    )
     left.set_aspect("equal")
     left.set_xticks([])
     left.set_yticks([])
     left.set_xlabel("column (unit)")
     left.set_ylabel("position in the text")
-    left.set_title("The training die: units dropped in one step", loc="left", fontsize=11, fontweight="bold", color=INK)
+    left.set_title(
+        "The training die: units dropped in one step", loc="left", fontsize=11, fontweight="bold", color=INK
+    )
     for spine in left.spines.values():
         spine.set_visible(False)
     shares = [(levels == 2).mean(), (levels >= 1).mean()]
@@ -68,21 +83,26 @@ def draw(folder: Path, out: Path, k: int = 10) -> Path:
     ranks = np.arange(1, min(60, len(probabilities)) + 1)
     shown = probabilities[: len(ranks)]
     right.bar(ranks, shown, color=[KEPT if r <= k else "#d3d9e4" for r in ranks], width=0.8)
-    for rank, word in zip(ranks[:4], words, strict=False):
-        text = repr(word)[1:-1].replace("$", r"\$")
-        right.annotate(f"“{text}”", (rank, shown[rank - 1]), xytext=(5, 1), textcoords="offset points", fontsize=9)
     right.axvline(k + 0.5, color=KEPT, linewidth=1)
-    right.annotate(
-        f"top-k = {k} keeps {probabilities[:k].sum():.0%} of the probability", (k + 0.5, shown[0] * 0.62),
-        xytext=(6, 0), textcoords="offset points", color=KEPT,
-    )  # fmt: skip
-    right.annotate(
-        f"the tail: {len(probabilities) - k:,} tokens, {probabilities[k:].sum():.0%}", (k + 0.5, shown[0] * 0.52),
-        xytext=(6, 0), textcoords="offset points", color=MUTED,
-    )  # fmt: skip
+    likeliest = "  ".join(f"“{word.strip() or repr(word)[1:-1]}”" for word in words[:6]).replace("$", r"\$")
+    told = (
+        (f"top-k = {k} keeps {probabilities[:k].sum():.0%} of the probability:", KEPT),
+        (f"{likeliest}  …", KEPT),
+        (f"the tail: {len(probabilities) - k:,} tokens with {probabilities[k:].sum():.0%}", MUTED),
+    )
+    for line, (text, colour) in enumerate(told):
+        right.annotate(
+            text,
+            (k + 0.5, shown[0] * (0.9 - 0.09 * line)),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=colour,
+        )
     right.set_xlabel("rank of the token")
     right.set_ylabel("probability")
-    right.set_title(f"The generation die: after “{PROMPT}”", loc="left", fontsize=11, fontweight="bold", color=INK)
+    right.set_title(
+        f"The generation die: after “{PROMPT}”", loc="left", fontsize=11, fontweight="bold", color=INK
+    )
     right.spines[["top", "right"]].set_visible(False)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "two-dice.png"
@@ -92,7 +112,9 @@ def draw(folder: Path, out: Path, k: int = 10) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     chosen = parser.parse_args()

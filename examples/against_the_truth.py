@@ -1,6 +1,7 @@
 """Train on a source whose entropy is known exactly, and hold the loss against the truth.
 
-No model can beat the entropy of the source on text that it has not seen; the distance to it is what is left to learn.
+No model can beat the entropy of the source on text that it has not seen; the distance to it is what is left
+to learn.
 Run: python examples/against_the_truth.py   (about half a minute)
 """
 
@@ -26,4 +27,6 @@ with tempfile.TemporaryDirectory() as folder:
     truth = store.entropy_nats_per_token
     for evaluation in result.evaluations:
         loss = evaluation["validation_a_nats_per_token"]
-        print(f"step {evaluation['step']:4d}  validation {loss:.4f}  above the truth by {loss - truth:+.4f} nats")
+        print(
+            f"step {evaluation['step']:4d}  validation {loss:.4f}, {loss - truth:+.4f} nats above the truth"
+        )

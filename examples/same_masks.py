@@ -1,6 +1,7 @@
 """One batch of eight, or four times two: with keyed dropout the gradient is the same.
 
-Puts dropout into a Llama (which has no place for it) from outside, trains one step both ways, and takes it out again.
+Puts dropout into a Llama (which has no place for it) from outside, trains one step both ways, and takes it
+out again.
 Run: python examples/same_masks.py
 """
 

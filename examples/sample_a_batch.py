@@ -24,7 +24,8 @@ print("rank     ", together.rank.tolist())
 print("mass kept", [round(mass, 4) for mass in together.kept_mass.tolist()])
 
 alone = [
-    twodice.sample(logits[row : row + 1], requests[row], position=12).tokens.item() for row in range(len(requests))
+    twodice.sample(logits[row : row + 1], requests[row], position=12).tokens.item()
+    for row in range(len(requests))
 ]
 assert alone == together.tokens.tolist(), "a row's token is the same alone and among any neighbours"
 

@@ -17,7 +17,7 @@ REQUIRED = frozenset(filter(None, os.environ.get("TWODICE_REQUIRE", "").split(",
 
 
 def pytest_configure(config: object) -> None:
-    """A backend named in TWODICE_REQUIRE (native, browser) must be there, so that a skip cannot hide its loss."""
+    """A backend named in TWODICE_REQUIRE (native, browser) must be there: a skip cannot hide its loss."""
     import shutil
 
     if "native" in REQUIRED:

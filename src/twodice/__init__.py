@@ -33,7 +33,18 @@ _HOMES = {
     "sample": "twodice.sampling.sample",
 }
 
-__all__ = ["__version__", "dropout", *sorted(_HOMES)]
+__all__ = [
+    "DropoutPlan",
+    "Handle",
+    "Key",
+    "SamplingParams",
+    "TwodiceError",
+    "__version__",
+    "attach",
+    "dropout",
+    "dropout_add",
+    "sample",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The errors of twodice, and the search for the name that was meant.
 
-Each error is also a builtin, so that callers can catch it without importing twodice. A message says what must hold,
-what came, and how to repair it. This module knows nothing of the rest of the package.
+Each error is also a builtin, so that callers can catch it without importing twodice. A message says what
+must hold, what came, and how to repair it. This module knows nothing of the rest of the package.
 """
 
 from __future__ import annotations

@@ -27,13 +27,17 @@ def test_every_python_block_of_the_readme_runs(tmp_path: Path) -> None:
     for number, code in enumerate(found):
         path = tmp_path / f"block_{number}.py"
         path.write_text(code, "utf-8")
-        done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_to_files_that_are_there(page: Path) -> None:
-    targets = [t for t in LINK.findall(page.read_text("utf-8")) if not t.startswith(("http:", "https:", "mailto:"))]
+    targets = [
+        t for t in LINK.findall(page.read_text("utf-8")) if not t.startswith(("http:", "https:", "mailto:"))
+    ]
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 
@@ -49,10 +53,15 @@ def test_commands_in_the_docs_exist_with_their_options(page: Path) -> None:
             assert name in COMMANDS, line
             if name not in helps:
                 helps[name] = subprocess.run(
-                    [sys.executable, "-m", "twodice", name, "--help"], capture_output=True, text=True, check=True,
+                    [sys.executable, "-m", "twodice", name, "--help"],
+                    capture_output=True,
+                    text=True,
+                    check=True,
                     env={**__import__("os").environ, "COLUMNS": "200"},
-                ).stdout  # fmt: skip
-            for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", re.sub(r"(['\"]).*?\1", "", rest.split("#")[0])):
+                ).stdout
+            for option in re.findall(
+                r"(?<=\s)--[a-z][a-z-]*", re.sub(r"(['\"]).*?\1", "", rest.split("#")[0])
+            ):
                 assert option in helps[name], f"{option} in: {line}"
 
 

@@ -29,11 +29,25 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 BANNED_CALLS = {
-    "torch.rand", "torch.randn", "torch.randint", "torch.randperm", "torch.rand_like", "torch.randn_like",
-    "torch.multinomial", "torch.bernoulli", "torch.manual_seed", "torch.dropout", "torch.normal", "torch.load",
-    "torch.save", "nn.Dropout", "torch.nn.Dropout", "F.dropout", "torch.nn.functional.dropout",
+    "torch.rand",
+    "torch.randn",
+    "torch.randint",
+    "torch.randperm",
+    "torch.rand_like",
+    "torch.randn_like",
+    "torch.multinomial",
+    "torch.bernoulli",
+    "torch.manual_seed",
+    "torch.dropout",
+    "torch.normal",
+    "torch.load",
+    "torch.save",
+    "nn.Dropout",
+    "torch.nn.Dropout",
+    "F.dropout",
+    "torch.nn.functional.dropout",
     "nn.functional.dropout",
-}  # fmt: skip
+}
 BANNED_METHODS = {"bernoulli_", "exponential_", "uniform_", "normal_", "random_"}
 BANNED_MODULES = {"random", "pickle", "numpy.random"}
 MAY_SEED = SOURCE / "training" / "init.py"
@@ -93,7 +107,8 @@ def offences(tree: ast.AST) -> list[str]:
         found += [
             "scaled_dot_product_attention(dropout_p=...)"
             for keyword in node.keywords
-            if keyword.arg == "dropout_p" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value == 0)
+            if keyword.arg == "dropout_p"
+            and not (isinstance(keyword.value, ast.Constant) and keyword.value.value == 0)
         ]
     return found
 
@@ -119,8 +134,15 @@ def test_no_hidden_generator_and_no_pickle_in_the_source() -> None:
 
 
 def test_a_hidden_generator_would_be_found() -> None:
-    for line in ("import random", "torch.rand(3)", "x.uniform_()", "nn.Dropout(0.1)", "np.random.default_rng(0)",
-                 "f(q, k, v, dropout_p=p)", "from torch import load\nimport pickle"):  # fmt: skip
+    for line in (
+        "import random",
+        "torch.rand(3)",
+        "x.uniform_()",
+        "nn.Dropout(0.1)",
+        "np.random.default_rng(0)",
+        "f(q, k, v, dropout_p=p)",
+        "from torch import load\nimport pickle",
+    ):
         assert offences(ast.parse(line)), line
 
 

@@ -1,7 +1,7 @@
-"""What every command shares: results to stdout, progress to stderr, errors in one or two lines, exit codes.
+"""What every command shares: results to stdout, progress to stderr, short errors, exit codes.
 
-Knows nothing of any command. Exit codes: 0 done, 1 failed, 2 usage or configuration, 75 interrupted and resumable,
-130 stopped at once by a second Ctrl-C.
+Knows nothing of any command. Exit codes: 0 done, 1 failed, 2 usage or configuration, 75 interrupted and
+resumable, 130 stopped at once by a second Ctrl-C.
 """
 
 from __future__ import annotations

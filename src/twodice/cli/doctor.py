@@ -76,6 +76,7 @@ def doctor(
     console = out()
     console.print(f"twodice   {found['twodice']} (Python {found['python']})", markup=False)
     console.print(f"kernels   {found['kernels']}: {found['why']}", markup=False)
-    console.print(f"processor {found['processor']}, {found['cores']} cores, {found['threads']} threads", markup=False)
+    machine = f"{found['processor']}, {found['cores']} cores, {found['threads']} threads"
+    console.print(f"processor {machine}", markup=False)
     console.print(f"devices   {', '.join(found['devices'])}", markup=False)
     console.print("versions  " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()), markup=False)

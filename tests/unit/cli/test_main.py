@@ -15,7 +15,9 @@ from twodice.errors import CheckpointError, ConfigError, Interrupted, nearest
 
 
 def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "twodice", *words], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "twodice", *words], capture_output=True, text=True, **options
+    )
 
 
 def test_help_names_every_command_and_exits_zero() -> None:
@@ -39,7 +41,9 @@ def test_no_command_is_a_usage_error_that_shows_the_help() -> None:
 def test_a_wrong_command_names_the_nearest_one() -> None:
     done = run("stdy")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: no command 'stdy'; did you mean 'study'? (twodice --help lists them)"]
+    assert done.stderr.splitlines() == [
+        "error: no command 'stdy'; did you mean 'study'? (twodice --help lists them)"
+    ]
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
