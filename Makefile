@@ -19,10 +19,10 @@ demo: $(VENV)/.installed  ## set up, run the study on the embedded text, say whe
 	@$(VENV)/bin/twodice study --preset demo --out runs/demo
 
 test: $(VENV)/.installed-dev  ## set up, pass the tests (slow ones left out)
-	@$(VENV)/bin/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto -m "not slow"
 
 test-all: $(VENV)/.installed-dev  ## all tests, the slow ones too
-	@$(VENV)/bin/python -m pytest
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
 
 check: $(VENV)/.installed-dev  ## lint, types, structure
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/python -m pytest -q tests/structure

@@ -15,7 +15,7 @@ from twodice.training.presets import PRESETS, preset_config
 # Parameters in millions with a vocabulary of this size, tied ones once: nano about 1, micro about 8, small 25
 # to 120.
 SIZES = {
-    "gpt2-nano": (1024, 0.8, 1.2), "llama-nano": (1024, 0.8, 1.2),
+    "gpt2-pico": (1024, 0.4, 0.6), "gpt2-nano": (1024, 0.8, 1.2), "llama-nano": (1024, 0.8, 1.2),
     "gpt2-micro": (2048, 7, 9), "llama-micro": (2048, 7, 9),
     "gpt2-small": (32768, 100, 120), "llama-small": (8192, 25, 30),
 }  # fmt: skip
