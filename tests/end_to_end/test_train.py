@@ -190,7 +190,7 @@ def killed(folder: Path, kills: int) -> list[int]:
 
 def test_a_run_killed_four_times_ends_bit_identical(tmp_path: Path) -> None:
     steps = killed(tmp_path, 4)
-    assert len(steps) == 4
+    assert len(steps) == 4 and max(steps) > 0, "a kill must fall after a checkpoint, or nothing is shown"
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -226,6 +226,7 @@ def newest_checkpoint(
     tuple or None
         The step and its state; None where there is none to go on from.
     """
+    _take_back(folder)
     for step in reversed(list_steps(folder)):
         path = checkpoint_path(folder, step)
         try:
@@ -238,6 +239,20 @@ def newest_checkpoint(
         except CheckpointError as error:
             warn(f"damaged checkpoint passed over: {error}")
     return None
+
+
+def _take_back(folder: Path) -> None:
+    """Give whole checkpoints their names again that had stepped aside when the process died.
+
+    Where only one is kept, the one whose place was being taken is the only one there is.
+    """
+    for old in sorted(folder.glob(".step-*.old")):
+        target = folder / old.name.removeprefix(".").removesuffix(".old")
+        if target.exists():
+            continue
+        with contextlib.suppress(CheckpointError):  # half removed: it was on its way out
+            verify_checkpoint(old)
+            os.replace(old, target)
 
 
 def prune_checkpoints(folder: Path, keep: Collection[int], *, disk: Disk = DISK) -> None:

@@ -176,6 +176,21 @@ def test_replacing_a_damaged_checkpoint_never_touches_the_one_before(tmp_path: P
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_replacing_the_only_checkpoint_never_loses_it(tmp_path: Path, way: str) -> None:
+    for healthy in range(100):
+        folder = tmp_path / f"{way}-{healthy}"
+        save(folder, 2)
+        done = attempt(folder, lambda disk, f=folder: save(f, 2, disk), healthy, way)
+        found = newest_checkpoint(folder, accept=lambda state: None, warn=lambda text: None)
+        assert found is not None and found[0] == 2, f"lost after {healthy} operations"
+        assert_whole(folder, 2)
+        if done:
+            break
+    else:
+        pytest.fail("the save never completed")
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_a_removal_that_fails_anywhere_never_leaves_half_a_checkpoint(tmp_path: Path, way: str) -> None:
     for healthy in range(100):
         folder = tmp_path / f"{way}-{healthy}"
