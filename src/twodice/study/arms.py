@@ -93,7 +93,9 @@ class Arm:
 def rate_is_live(schedule: str) -> bool:
     """Whether a schedule's text holds any rate above 0."""
     numbers = re.findall(r"\d+\.?\d*(?:[eE][+-]?\d+)?", schedule)
-    return any(float(number) > 0 for number in numbers[:2])
+    # early(rate, share of the run) and late: the second number is a time.
+    rates = 1 if schedule.startswith(("early", "late")) else 2
+    return any(float(number) > 0 for number in numbers[:rates])
 
 
 def parse_arm(name: str, text: str, base: TrainConfig) -> Arm:

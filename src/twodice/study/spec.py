@@ -62,7 +62,9 @@ class StudySpec(_Part):
     base: TrainConfig = Field(description="what all arms start from; its seed is the first of the study's")
     arms: tuple[ArmText, ...]
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
-    minutes: Annotated[float, Field(gt=0)] | None = Field(default=5, description="time for the whole study")
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=5, description="time for the whole study"
+    )
     tune: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="dotted name to the values tried"
     )

@@ -102,11 +102,28 @@ def test_every_arm_is_tuned_with_the_same_effort_on_a_seed_of_its_own() -> None:
         make_spec(settings={}, arms=[], tune=["weight_decay=0.1,1"])
 
 
+@pytest.mark.parametrize(
+    ("text", "live"),
+    [
+        ("0", False),
+        ("0.1", True),
+        ("early(0, 0.3)", False),
+        ("late(0.1, 0.5)", True),
+        ("linear(0, 0.1)", True),
+    ],
+)
+def test_an_arm_has_dropout_where_a_rate_is_above_zero(text: str, live: bool) -> None:
+    spec = make_spec(settings={}, arms=[("neither", ""), ("arm", f"residual={text}")])
+    assert spec.parsed_arms()[1].has_dropout(spec.base) is live
+
+
 def test_a_study_has_minutes_or_steps() -> None:
     assert make_spec(settings={}, arms=[]).minutes == 5
     assert make_spec(settings={}, arms=[], changes=["steps=30"]).minutes is None
     with pytest.raises(ConfigError, match="epochs"):
         make_spec(settings={"epochs": 2}, arms=[])
+    with pytest.raises(ConfigError, match="finite"):
+        make_spec(settings={"minutes": float("inf")}, arms=[])
     with pytest.raises(ConfigError, match="minutes or steps, not both"):
         make_spec(settings={"minutes": 7}, arms=[], changes=["steps=30"])
 
