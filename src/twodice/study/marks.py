@@ -39,6 +39,14 @@ def repeated(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
+_BLANK_LINES = re.compile(r"\n{4,}")
+
+
+def shortened(text: str) -> str:
+    """Write a run of four or more line ends as their number, so that blank lines take no page: ``⏎×7``."""
+    return _BLANK_LINES.sub(lambda run: f"⏎×{len(run.group())}\n", text)
+
+
 def marked(text: str, copied: tuple[int, int] = (0, 0)) -> list[Piece]:
     """Cut `text` where a mark begins or ends; the pieces joined are `text` again.
 

@@ -232,3 +232,10 @@ def test_a_report_that_is_missing_or_malformed_is_one_clear_error(tmp_path: Path
     with pytest.raises(DataError, match="not the report of a study"):
         write_report_html(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json"]
+
+
+def test_many_blank_lines_take_one_line_of_the_page() -> None:
+    from twodice.study.marks import shortened
+
+    assert shortened("a" + "\n" * 7 + "b") == "a⏎×7\nb"
+    assert shortened("a\n\n\nb") == "a\n\n\nb"
