@@ -42,7 +42,7 @@ def repeated(text: str) -> list[tuple[int, int]]:
 _BLANK_LINES = re.compile(r"\n{4,}")
 
 
-def shortened(text: str) -> str:
+def without_blanks(text: str) -> str:
     """Write a run of four or more line ends as their number, so that blank lines take no page: ``⏎×7``."""
     return _BLANK_LINES.sub(lambda run: f"⏎×{len(run.group())}\n", text)
 

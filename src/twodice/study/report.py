@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from twodice.errors import DataError
 from twodice.study import charts, plot_data
 from twodice.study.layout import shortened
-from twodice.study.marks import Piece, marked, shortened
+from twodice.study.marks import Piece, marked, without_blanks
 from twodice.study.schema import Arm, Effect, Estimate, Example, Report, read_report
 from twodice.study.svg import DARK, LIGHT, css_variables
 from twodice.study.words import MINUS, counted, interval, listed, number, percent, signed
@@ -375,7 +375,12 @@ def _environment() -> Any:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        number=number, signed=signed, percent=percent, shown=shown, listed=listed, shortened=shortened
+        number=number,
+        signed=signed,
+        percent=percent,
+        shown=shown,
+        listed=listed,
+        without_blanks=without_blanks,
     )
     environment.globals.update(counted=counted, interval=interval, settings_text=settings_text)
     return environment

@@ -235,7 +235,7 @@ def test_a_report_that_is_missing_or_malformed_is_one_clear_error(tmp_path: Path
 
 
 def test_many_blank_lines_take_one_line_of_the_page() -> None:
-    from twodice.study.marks import shortened
+    from twodice.study.marks import without_blanks
 
-    assert shortened("a" + "\n" * 7 + "b") == "a⏎×7\nb"
-    assert shortened("a\n\n\nb") == "a\n\n\nb"
+    assert without_blanks("a" + "\n" * 7 + "b") == "a⏎×7\nb"
+    assert without_blanks("a\n\n\nb") == "a\n\n\nb"
