@@ -245,9 +245,10 @@ def _entry(target: str, rate: Any) -> Entry:
     # The name is checked before the rate, so that a misspelt kind is not reported as a bad rate.
     entry = Entry(kind, Constant(0.0), place, None if layers is None else _layers(layers, target.strip()))
     try:
-        return Entry(kind, parse_schedule(rate), entry.place, entry.layers)
+        schedule = parse_schedule(rate)
     except ConfigError as error:
         raise ConfigError(f"{error} (at {target.strip()!r})") from None
+    return Entry(kind, schedule, entry.place, entry.layers)
 
 
 def _layers(text: str, target: str) -> Layers:

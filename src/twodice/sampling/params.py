@@ -196,6 +196,15 @@ class SamplingParams:
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the hash: that of None differs between processes before Python 3.12.
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
+
     @property
     def greedy(self) -> bool:
         """Whether no draw is used: temperature 0."""

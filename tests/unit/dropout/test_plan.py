@@ -80,7 +80,7 @@ def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
         ("residual=1.2", r"in \[0, 1\]; got 1.2 \(at 'residual'\)"),
         ("residual=-0.1", r"in \[0, 1\]"),
         ("residual=nan", r"in \[0, 1\]; got nan"),
-        ("residual=1", "below 1"),
+        ("residual=1", "^p must be below 1 at 'residual', because .*; got 1$"),
         ("residual.mlp[2]=1.0", "below 1"),
         ("output=1e-9", "2\\^-17"),
         ("output=0.9999999", "2\\^-17"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_equal_settings_are_one_key_of_a_dictionary() -> None:
     b = SamplingParams(logit_bias={2: -1, 5: 1}, allowed_tokens=(2, 5), seed=7)
     assert a == b and hash(a) == hash(b) and len({a, b}) == 1
     assert a.allowed_tokens == (2, 5) and a != SamplingParams(seed=7)
+
+
+def test_the_hash_of_another_process_does_not_travel_with_pickle() -> None:
+    sent = SamplingParams(seed=7)
+    object.__setattr__(sent, "_hash", 1)  # as another process may have it
+    here = pickle.loads(pickle.dumps(sent))
+    assert here == SamplingParams(seed=7) and hash(here) == hash(SamplingParams(seed=7))
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
