@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twodice.cli.doctor import processor
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,18 +29,6 @@ class Row:
     def ratio(self, ours: str, theirs: str) -> float:
         """How many times faster `ours` is than `theirs`."""
         return self.seconds[theirs] / self.seconds[ours]
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def alternate(

@@ -45,14 +45,15 @@ def facts() -> dict[str, Any]:
         "kernels": dispatch.backend(),
         "why": dispatch.why(),
         "instructions": dispatch.facts()["simd_levels"],
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "devices": devices,
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name as the system gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
