@@ -10,6 +10,8 @@ BASE_PYTHON := $(shell for p in $(TWODICE_PYTHON) python3.14 python3.13 python3.
 SOURCES := $(shell find src native -type f \( -name '*.py' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.j2' -o -name '*.css' -o -name '*.js' \) 2>/dev/null) \
   CMakeLists.txt pyproject.toml constraints.txt
 
+NEEDS_COMPILER = if [ "$(NATIVE)" = 1 ] && ! command -v $${CXX:-c++} >/dev/null 2>&1; then echo "no C++17 compiler found; install one (Debian: apt-get install g++) or do without the fast kernels: make NATIVE=0 $(MAKECMDGOALS)" >&2; exit 1; fi
+
 .PHONY: help demo test test-all check bench native setup clean
 
 help:  ## list the targets
@@ -44,7 +46,7 @@ clean:  ## remove what was built (not the runs)
 
 $(VENV)/.python:
 	@if [ -z "$(BASE_PYTHON)" ]; then echo "twodice needs Python 3.11 or later with venv; install it (Debian: apt-get install python3 python3-venv) or name one: make TWODICE_PYTHON=/path/to/python3.12" >&2; exit 1; fi
-	@if [ "$(NATIVE)" = 1 ] && ! command -v $${CXX:-c++} >/dev/null 2>&1; then echo "no C++17 compiler found; install one (Debian: apt-get install g++) or do without the fast kernels: make NATIVE=0 $(MAKECMDGOALS)" >&2; exit 1; fi
+	@$(NEEDS_COMPILER)
 	@$(BASE_PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q -c constraints.txt pip && touch $@
 
 $(VENV)/.dependencies: constraints.txt pyproject.toml | $(VENV)/.python
@@ -54,6 +56,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml | $(VENV)/.python
 	@touch $@
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.dependencies
+	@$(NEEDS_COMPILER)
 	@echo "building and installing twodice"
 	@$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation --no-deps --force-reinstall -C cmake.define.TWODICE_NATIVE=$(NATIVE) . && touch $@
 

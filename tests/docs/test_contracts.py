@@ -26,7 +26,7 @@ def text_of(page: str) -> str:
 
 
 def failures(text: str) -> list[str]:
-    """What the examples of a page give that the page does not say; blocks share their names, as a reader does."""
+    """What the examples of a page give that the page does not say; blocks share their names."""
     names: dict[str, object] = {}
     parser, runner, found = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=OPTIONS), []
     for match in re.finditer(r"```python\n(.*?)```", text, re.S):

@@ -63,3 +63,14 @@ def test_a_missing_compiler_is_said_in_one_line_with_the_remedy(tmp_path: Path) 
 
 def test_ci_runs_make_test() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+
+
+def test_a_compiler_that_went_away_is_said_in_one_line_when_it_is_needed_again(tmp_path: Path) -> None:
+    only = path_with(tmp_path, "bash", "find", "touch")
+    (tmp_path / "venv").mkdir()
+    for made in (".python", ".dependencies"):
+        (tmp_path / "venv" / made).touch()
+    done = make(f"VENV={tmp_path}/venv", f"{tmp_path}/venv/.installed", path=only)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert len(said) == 1 and "C++17 compiler" in said[0]

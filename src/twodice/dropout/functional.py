@@ -6,13 +6,38 @@ Letters: B rows, H heads, T positions, C columns, S keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from twodice.errors import ShapeError
 from twodice.kernels import dropout as kernel
 from twodice.random.draws import threshold, threshold_of_tensor
 from twodice.random.keys import Key
 
 __all__ = ["dropout", "dropout_add"]
+
+
+def _threshold(p: float | torch.Tensor) -> int | torch.Tensor:
+    """The threshold of a rate. One in a tensor is read, and so checked, only where that stops no device."""
+    if not isinstance(p, torch.Tensor):
+        return threshold(p)
+    if p.device.type == "cpu" and not torch.compiler.is_compiling() and p.numel() == 1:
+        return threshold(float(p), constant=False)
+    return threshold_of_tensor(p)
+
+
+def _integers(name: str, given: torch.Tensor | Sequence[int] | None) -> torch.Tensor | None:
+    """A coordinate as a tensor; lists and arrays of integers are taken too."""
+    if given is None or isinstance(given, torch.Tensor):
+        return given
+    try:
+        tensor = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ShapeError(f"{name} must be integers in a tensor, an array or a list; got {given!r}") from None
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise ShapeError(f"{name} must be integers; got {tensor.dtype}")
+    return tensor.to(torch.int64)
 
 
 def dropout(
@@ -21,9 +46,9 @@ def dropout(
     *,
     key: Key | int,
     step: int | torch.Tensor,
-    examples: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    key_positions: torch.Tensor | None = None,
+    examples: torch.Tensor | Sequence[int] | None = None,
+    positions: torch.Tensor | Sequence[int] | None = None,
+    key_positions: torch.Tensor | Sequence[int] | None = None,
     layout: str = "btc",
 ) -> torch.Tensor:
     """Drop units of `x` at rate `p` and scale the others, so that the mean stays.
@@ -83,15 +108,15 @@ def dropout(
     >>> twodice.dropout(torch.ones(1, 1, 8), 0.5, key=7, step=17)
     tensor([[[2., 2., 0., 0., 0., 2., 0., 2.]]])
     """
-    t = threshold_of_tensor(p) if isinstance(p, torch.Tensor) else threshold(p)
+    t = _threshold(p)
     return kernel.dropout(
         x,
         t,
         key,
         step,
-        examples=examples,
-        positions=positions,
-        key_positions=key_positions,
+        examples=_integers("examples", examples),
+        positions=_integers("positions", positions),
+        key_positions=_integers("key_positions", key_positions),
         layout=layout,
     )
 
@@ -103,8 +128,8 @@ def dropout_add(
     *,
     key: Key | int,
     step: int | torch.Tensor,
-    examples: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
+    examples: torch.Tensor | Sequence[int] | None = None,
+    positions: torch.Tensor | Sequence[int] | None = None,
     layout: str = "btc",
 ) -> torch.Tensor:
     """Return ``residual + dropout(x, p, ...)``, bit for bit, in one pass over memory.
@@ -130,7 +155,14 @@ def dropout_add(
     -----
     *Randomness.* As in `dropout`: the same key gives the same mask in both functions.
     """
-    t = threshold_of_tensor(p) if isinstance(p, torch.Tensor) else threshold(p)
+    t = _threshold(p)
     return kernel.dropout(
-        x, t, key, step, examples=examples, positions=positions, layout=layout, residual=residual
+        x,
+        t,
+        key,
+        step,
+        examples=_integers("examples", examples),
+        positions=_integers("positions", positions),
+        layout=layout,
+        residual=residual,
     )

@@ -89,6 +89,8 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
 
 
 def _history(value: History, rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(value, tuple | list) or len(value) not in (2, 3):
+        raise ShapeError(f"history must be (ids, offsets, prompt_lengths); got {type(value).__name__}")
     ids, offsets = torch.as_tensor(value[0]), torch.as_tensor(value[1])
     for name, given in (("ids", ids), ("offsets", offsets)):
         if given.numel() and (given.dtype.is_floating_point or given.dtype == torch.bool):
@@ -109,6 +111,14 @@ def _history(value: History, rows: int, vocabulary: int) -> tuple[Tensor, Tensor
         raise RequestError(
             f"the ids of history must be in [0, {vocabulary}); got {int(ids.min())} to {int(ids.max())}"
         )
+    if len(value) == 3:
+        prompts = torch.as_tensor(value[2])
+        lengths = offsets[1:] - offsets[:-1]
+        if prompts.shape != (rows,) or bool(((prompts < 0) | (prompts > lengths)).any()):
+            raise ShapeError(
+                f"the prompt_lengths of history must be ({rows},), each in [0, tokens of its row]; "
+                f"got {prompts.tolist()} for {lengths.tolist()} tokens"
+            )
     return ids.contiguous(), offsets.contiguous()
 
 
@@ -207,7 +217,9 @@ def sample(
         )
     if packed.settings.penalised and history is None:
         raise RequestError("a repetition penalty needs history=(ids, offsets, prompt_lengths); got None")
-    past = _history(history, rows, vocabulary) if history is not None and packed.settings.penalised else None
+    past = None if history is None else _history(history, rows, vocabulary)
+    if not packed.settings.penalised:
+        past = None  # checked all the same: a wrong history is wrong whether or not it is used
     seeds, keys = _seed_rows(packed, rows)
     where, which = _coordinate(position, rows, "position"), _coordinate(completion, rows, "completion")
     chosen, bad = kernel.choose(logits, packed.settings, keys, where, which, past, need)

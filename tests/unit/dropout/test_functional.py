@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from twodice.dropout.functional import dropout, dropout_add
-from twodice.errors import ConfigError
+from twodice.errors import ConfigError, ShapeError
 from twodice.random.keys import Key
 
 KEY = Key(7)
@@ -86,3 +86,25 @@ def test_the_package_answers_as_the_function_whichever_came_first(imports: str) 
     code = f"{imports}\nimport torch\nprint(f(torch.ones(1, 1, 8), 0.5, key=7, step=17).tolist())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[[[2.0, 2.0, 0.0, 0.0, 0.0, 2.0, 0.0, 2.0]]]"
+
+
+@pytest.mark.parametrize("rate", [1.2, -0.1, math.nan])
+def test_a_rate_in_a_tensor_is_checked_as_one_that_is_typed(rate: float) -> None:
+    with pytest.raises(ConfigError, match=r"\[0, 1\]"):
+        dropout(torch.ones(1, 2, 8), torch.tensor(rate), key=1, step=0)
+
+
+def test_a_rate_in_a_tensor_drops_what_the_same_rate_drops() -> None:
+    x = torch.ones(2, 4, 64)
+    for rate in (0.0, 1e-7, 0.1, 0.5, 1.0):
+        given = dropout(x, torch.tensor(rate, dtype=torch.float64), key=1, step=0)
+        assert torch.equal(given, dropout(x, 0.0 if rate == 1e-7 else rate, key=1, step=0))
+
+
+def test_examples_may_be_a_list_and_anything_else_says_what_must_hold() -> None:
+    x = torch.ones(2, 4, 64)
+    as_tensor = dropout(x, 0.5, key=1, step=0, examples=torch.tensor([5, 3]))
+    assert torch.equal(as_tensor, dropout(x, 0.5, key=1, step=0, examples=[5, 3]))
+    for wrong in ([0.5, 1.0], "ab"):
+        with pytest.raises(ShapeError, match="examples must be integers"):
+            dropout(x, 0.5, key=1, step=0, examples=wrong)

@@ -231,3 +231,17 @@ def test_kept_sets_and_probabilities_are_those_of_transformers_where_the_meaning
 def test_calls_that_cannot_be_meant_say_why(call: object, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call(logits_of(2, 9))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("history", "what"),
+    [
+        ("nonsense", "ids, offsets, prompt_lengths"),
+        (([1, 2], [0, 1]), "history must be"),
+        (([1, 2], [0, 1, 2], [0]), "prompt_lengths"),
+        (([1, 2], [0, 1, 2], [0, 5]), "prompt_lengths"),
+    ],
+)
+def test_a_wrong_history_is_refused_also_where_no_row_is_penalised(history: object, what: str) -> None:
+    with pytest.raises(ShapeError, match=what):
+        sample(torch.zeros(2, 8), SamplingParams(seed=1), 0, history=history)
