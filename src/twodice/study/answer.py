@@ -62,12 +62,14 @@ def _after_colon(words: str) -> str:
 def details_of(report: schema.Report) -> list[str]:
     """What qualifies the answer."""
     found = []
-    end = [arm.name for arm in report.arms if arm.only_at_end]
-    if end:
-        found.append(
-            f"{_quoted(end)} {'wins' if len(end) == 1 else 'win'} at the end of training only: stopping '"
-            f"{report.baseline}' at its best step does as well, as far as this study can tell."
-        )
+    instead = {"cannot tell": "does as well, as far as this study can tell", "hurts": "does better"}
+    for told, does in instead.items():
+        end = [arm.name for arm in report.arms if arm.only_at_end and arm.verdict == told]
+        if end:
+            found.append(
+                f"{_quoted(end)} {'wins' if len(end) == 1 else 'win'} at the end of training only: stopping '"
+                f"{report.baseline}' at its best step {does}."
+            )
     worse = [a.name for a in report.arms if a.at_end.verdict == "hurts" and a.at_best.verdict != "hurts"]
     if worse:
         found.append(

@@ -214,8 +214,9 @@ def _size(percent: float) -> str:
 
 
 def _end(percent: float) -> str:
-    text = f"{percent:.1f}"
-    return "0.0" if text == "-0.0" else text
+    # One digit more where rounding would put an end of the interval on zero, which it is not.
+    text = f"{percent:.1f}" if abs(percent) >= 0.05 else f"{percent:.2f}"
+    return "0.0" if percent == 0 or float(text) == 0 else text
 
 
 def _by(percent: float) -> str:

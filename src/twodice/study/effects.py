@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twodice.study.compare import estimate
+import numpy as np
+
+from twodice.study.compare import estimate, paired
 from twodice.study.schema import Arm, Cross, Effect, Estimate, Measures, Sampling
 
 #: What a model knows, measured on held-out text: no setting of the generation die can change it.
@@ -35,7 +37,8 @@ def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> 
     by_name = {arm.name: arm for arm in arms}
     models = [name for name in (cross.without, cross.with_dropout) if name is not None]
     cells = {(cell.arm, cell.setting.name): cell.measures for cell in sampling}
-    found: list[Effect] = []
+    paired_by: list[tuple[str, str, list[float]]] = []
+    verdict: list[Effect] = []
     if len(models) == 2 and all(name in by_name for name in models):
         without, with_dropout = (by_name[name] for name in models)
         if without.seeds == with_dropout.seeds:
@@ -43,27 +46,49 @@ def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> 
                 told = with_dropout.at_best.difference
                 if field == OF_THE_MODEL[0] and told is not None:
                     # The verdict's own interval: one page must not say both "cannot tell" and "moves it".
-                    found.append(
+                    verdict.append(
                         Effect(measure=field, die="training", mean=told.mean, low=told.low, high=told.high)
                     )
                     continue
                 pair = (getattr(with_dropout.at_best, field), getattr(without.at_best, field))
-                found += _effect(field, "training", [pair])
+                paired_by += _differences(field, "training", [pair])
     for field in OF_THE_TEXT:
         corner = {key: getattr(measures, field) for key, measures in cells.items()}
         settings = (cross.drawn, cross.greedy)
         if len(models) == 2:
             pairs = [(corner.get((models[1], s)), corner.get((models[0], s))) for s in settings]
-            found += _effect(field, "training", pairs)
-        found += _effect(
+            paired_by += _differences(field, "training", pairs)
+        paired_by += _differences(
             field,
             "generation",
             [(corner.get((m, settings[0])), corner.get((m, settings[1]))) for m in models],
         )
-    return found
+    return verdict + _adjusted(paired_by)
 
 
-def _effect(measure: str, die: str, pairs: Sequence[tuple[Estimate | None, Estimate | None]]) -> list[Effect]:
+def _adjusted(paired_by: Sequence[tuple[str, str, list[float]]]) -> list[Effect]:
+    """Intervals adjusted by Holm's method over all effects, lest one of a dozen be shown by luck."""
+    seeds = len(paired_by[0][2]) if paired_by else 0
+    if seeds < 2 or any(len(values) != seeds for _, _, values in paired_by):
+        told = [(measure, die, estimate(values)) for measure, die, values in paired_by]
+        return [Effect(measure=m, die=d, mean=e.mean, low=e.low, high=e.high) for m, d, e in told]  # type: ignore[arg-type]
+    found = paired(np.array([values for _, _, values in paired_by]))
+    return [
+        Effect(
+            measure=measure,
+            die=die,  # type: ignore[arg-type]
+            mean=float(found.mean[i]),
+            low=float(found.low[i]),
+            high=float(found.high[i]),
+        )
+        for i, (measure, die, _) in enumerate(paired_by)
+    ]
+
+
+def _differences(
+    measure: str, die: str, pairs: Sequence[tuple[Estimate | None, Estimate | None]]
+) -> list[tuple[str, str, list[float]]]:
+    """One difference for each training seed, averaged over the pairs; nothing where a corner is missing."""
     columns = []
     for more, less in pairs:
         if more is None or less is None or len(more.values) != len(less.values):
@@ -71,5 +96,4 @@ def _effect(measure: str, die: str, pairs: Sequence[tuple[Estimate | None, Estim
         columns.append([a - b for a, b in zip(more.values, less.values, strict=True)])
     if len({len(column) for column in columns}) != 1:
         return []
-    result = estimate([sum(row) / len(row) for row in zip(*columns, strict=True)])
-    return [Effect(measure=measure, die=die, mean=result.mean, low=result.low, high=result.high)]  # type: ignore[arg-type]
+    return [(measure, die, [sum(row) / len(row) for row in zip(*columns, strict=True)])]

@@ -220,7 +220,8 @@ def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[
     Returns
     -------
     names, with_dropout, reason
-        The baseline, the best arm, and the best arm with dropout where neither of the two has any.
+        The baseline, the best arm, and the best arm that differs from the baseline in dropout alone (where
+        there is none, the best one with dropout).
     """
     by_name = {arm.name: arm for arm in arms}
     dropping = [arm for arm in arms if arm.has_dropout and arm.name != baseline]
@@ -229,18 +230,26 @@ def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[
         return names, None, f"'{baseline}' has dropout itself, so there is no model without to cross"
     if not dropping:
         return names, None, "no arm has dropout"
-    if best != baseline and by_name[best].has_dropout:
-        chosen, why = best, f"'{best}' is the arm that helps most"
+    theirs = dict(by_name[baseline].settings)
+
+    def differs(arm: schema.Arm) -> list[str]:
+        ours = dict(arm.settings)
+        return sorted(k for k in {*ours, *theirs} if k != "dropout" and ours.get(k) != theirs.get(k))
+
+    # What the corners show is credited to the training die, so an arm that changes dropout alone comes first.
+    alone = [arm for arm in dropping if not differs(arm)]
+    chosen = min(alone or dropping, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
+    if chosen.name not in names:
+        names.append(chosen.name)
+    if alone:
+        lowest = " with the lowest mean loss" if len(alone) > 1 else ""
+        why = f"'{chosen.name}' is the arm{lowest} that differs from '{baseline}' in dropout alone"
     else:
-        chosen = min(dropping, key=lambda arm: arm.at_best.validation_nats_per_token.mean).name
-        names.append(chosen)
-        lead = "no arm helps" if best == baseline else f"'{best}', which helps most, has no dropout"
-        why = f"{lead}; '{chosen}' is the arm with dropout whose mean loss is lowest"
-    ours, theirs = dict(by_name[chosen].settings), dict(by_name[baseline].settings)
-    differs = sorted(k for k in {*ours, *theirs} if k != "dropout" and ours.get(k) != theirs.get(k))
-    if differs:
-        why += f"; it differs from '{baseline}' in {' and '.join(differs)} too"
-    return names, chosen, why
+        why = (
+            f"no arm differs from '{baseline}' in dropout alone; '{chosen.name}' has the lowest mean loss of "
+            f"those with dropout and differs in {' and '.join(differs(chosen))} too"
+        )
+    return names, chosen.name, why
 
 
 def measured_sd_percent(arms: Sequence[schema.Arm]) -> float | None:

@@ -67,7 +67,7 @@ def test_best_and_end_are_both_told_and_the_verdict_is_that_of_the_best() -> Non
     )
     assert neither.at_end.gap_nats_per_token.mean == pytest.approx(1.0)
     assert report.cross is not None and report.cross.with_dropout == "dropout"
-    assert "no arm helps" in report.cross.reason
+    assert "in dropout alone" in report.cross.reason
     assert "not tuned for each arm" in " ".join(report.how.notes)
 
 
@@ -119,11 +119,13 @@ def test_the_cross_holds_the_best_arm_and_one_with_dropout() -> None:
     report = example_report()
     by_name = {arm.name: arm for arm in report.arms}
     names, chosen, why = choose_cross(report.arms, "neither", "both")
+    assert (names, chosen) == (["neither", "both", "dropout"], "dropout") and "in dropout alone" in why
+    names, chosen, why = choose_cross([by_name["neither"], by_name["both"]], "neither", "both")
     assert (names, chosen) == (["neither", "both"], "both") and "optimizer.weight_decay too" in why
     names, chosen, why = choose_cross(
         [by_name[n] for n in ("neither", "dropout", "weight decay")], "neither", "weight decay"
     )
-    assert (names, chosen) == (["neither", "weight decay", "dropout"], "dropout") and "has no dropout" in why
+    assert (names, chosen) == (["neither", "weight decay", "dropout"], "dropout")
     assert choose_cross([by_name["neither"], by_name["weight decay"]], "neither", "neither")[1] is None
 
 
@@ -182,3 +184,25 @@ def test_xz_needs_nothing_for_text_it_has_seen_and_8_bits_for_noise() -> None:
     assert xz_bits_per_byte(text, text) < 0.4
     noise = "".join(map(chr, np.random.default_rng(1).integers(33, 127, 4000)))
     assert xz_bits_per_byte(text, [noise]) == pytest.approx(math.log2(94), rel=0.05)
+
+
+def test_effects_of_the_cross_are_adjusted_for_their_number() -> None:
+    from twodice.study.effects import _adjusted
+
+    clear, luck = [1.0, 1.1, 0.9, 1.05], [0.3, -0.2, 0.1, 0.25]
+    (alone,) = _adjusted([("rep_4", "generation", clear)])
+    among = _adjusted([("rep_4", "generation", clear), *(("rep_4", "training", luck) for _ in range(9))])
+    plain = compare.estimate(clear)
+    assert (alone.low, alone.high) == pytest.approx((plain.low, plain.high))
+    wide = compare.half_width(4, 0.05 / 10) * math.sqrt(sum((v - 1.0125) ** 2 for v in clear) / 3) / 2
+    assert (among[0].low, among[0].high) == pytest.approx((1.0125 - wide, 1.0125 + wide))
+
+
+def test_an_end_of_an_interval_that_is_not_zero_is_not_written_as_zero() -> None:
+    assert [compare._end(x) for x in (0.0, 0.04, -0.04, 1.26, -0.001)] == [
+        "0.0",
+        "0.04",
+        "-0.04",
+        "1.3",
+        "0.0",
+    ]
