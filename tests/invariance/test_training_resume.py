@@ -208,3 +208,19 @@ def test_the_checkpoints_kept_are_step_0_the_last_and_the_best(store: TokenStore
     train(tiny_config(**settings), store, tmp_path / "run", final=True)
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert not all(torch.equal(exported[name], best[name]) for name in best)
+
+
+def test_damaged_best_weights_are_named_and_the_best_whole_ones_exported(
+    store: TokenStore, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    best = json.loads((out / "result.json").read_text())["best_step"]
+    weights = out / "checkpoints" / f"step-{best:06d}" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    shutil.rmtree(out / "model")
+    told: list[str] = []
+    train(tiny_config(**SETTINGS), store, out, on_event=lambda event: told.append(str(event.get("text", ""))))
+    assert any(f"weights of step {best} are lost" in text for text in told)
+    assert (out / "model" / "model.safetensors").is_file()
+    assert json.loads((out / "result.json").read_text())["exported_step"] != best

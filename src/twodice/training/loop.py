@@ -375,8 +375,8 @@ def _export(
     step: int,
     tell: Callable[[Event], None],
 ) -> None:
+    step = _whole_step(out, step, tell)
     path = disk.checkpoint_path(out / run_folder.CHECKPOINTS, step)
-    disk.verify_checkpoint(path)
     put_weights(model, disk.read_tensors(path, WEIGHTS))
     assert config.context is not None and config.steps is not None
     windows = FixedWindows(store, config.context, _PROBE_ROWS)
@@ -387,6 +387,30 @@ def _export(
     records = run_folder.evaluations(out)
     _write_result(out, config.steps, Best.from_records(records).step, step, difference)
     tell({"kind": "exported", "step": step, "path": str(target), "largest_logit_difference": difference})
+
+
+def _whole_step(out: Path, wanted: int, tell: Callable[[Event], None]) -> int:
+    """`wanted`, or where its weights are damaged the whole checkpoint with the lowest loss on validation A."""
+    folder = out / run_folder.CHECKPOINTS
+    try:
+        disk.verify_checkpoint(disk.checkpoint_path(folder, wanted))
+        return wanted
+    except CheckpointError as error:
+        losses = {r["step"]: r["validation_a_nats_per_token"] for r in run_folder.evaluations(out)}
+        whole = [
+            s for s in disk.list_steps(folder) if s in losses and _is_whole(disk.checkpoint_path(folder, s))
+        ]
+        if not whole:
+            raise
+        step = min(whole, key=lambda s: losses[s])
+        tell(
+            {
+                "kind": "warning",
+                "text": f"the weights of step {wanted} are lost ({error}); model/ takes step {step}, the best one that "
+                "is whole",
+            }
+        )
+        return step
 
 
 def _write_result(
