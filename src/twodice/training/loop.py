@@ -244,7 +244,13 @@ def _run(
     return _result(out)
 
 
-def export_run(out: str | Path, store: TokenStore, *, final: bool = False) -> Path:
+def export_run(
+    out: str | Path,
+    store: TokenStore,
+    *,
+    final: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> Path:
     """Write ``model/`` of a finished run, of the best step or of the last, and return its path."""
     out = Path(out)
     if not (out / run_folder.RESULT).is_file():
@@ -252,7 +258,8 @@ def export_run(out: str | Path, store: TokenStore, *, final: bool = False) -> Pa
     config = read_config(out / run_folder.CONFIG)
     result = run_folder.read_json(out / run_folder.RESULT)
     model, _ = build_model(config, store)
-    _export(model, store, out, config, int(result["steps"] if final else result["best_step"]), _nobody)
+    step = int(result["steps"] if final else result["best_step"])
+    _export(model, store, out, config, step, on_event if on_event is not None else _nobody)
     return out / run_folder.MODEL
 
 
@@ -319,12 +326,10 @@ def _finished(
     record = run_folder.read_json(out / run_folder.RESULT)
     wanted = record["steps"] if final else record["best_step"]
     if export and (record["exported_step"] != wanted or not (out / run_folder.MODEL).is_dir()):
-        export_run(out, store, final=final)
+        export_run(out, store, final=final, on_event=tell)
+        step = run_folder.read_json(out / run_folder.RESULT)["exported_step"]
         tell(
-            {
-                "kind": "notice",
-                "text": f"the run in {out} was finished before; model/ now holds step {wanted}",
-            }
+            {"kind": "notice", "text": f"the run in {out} was finished before; model/ now holds step {step}"}
         )
     else:
         tell({"kind": "notice", "text": f"the run in {out} is finished: nothing to do"})
@@ -397,19 +402,15 @@ def _whole_step(out: Path, wanted: int, tell: Callable[[Event], None]) -> int:
         return wanted
     except CheckpointError as error:
         losses = {r["step"]: r["validation_a_nats_per_token"] for r in run_folder.evaluations(out)}
-        whole = [
-            s for s in disk.list_steps(folder) if s in losses and _is_whole(disk.checkpoint_path(folder, s))
-        ]
+        there = [s for s in disk.list_steps(folder) if s in losses]
+        whole = [s for s in there if _is_whole(disk.checkpoint_path(folder, s))]
         if not whole:
             raise
         step = min(whole, key=lambda s: losses[s])
-        tell(
-            {
-                "kind": "warning",
-                "text": f"the weights of step {wanted} are lost ({error}); model/ takes step {step}, the best one that "
-                "is whole",
-            }
+        text = (
+            f"the weights of step {wanted} are lost ({error}); model/ takes step {step}, the best whole one"
         )
+        tell({"kind": "warning", "text": text})
         return step
 
 
