@@ -63,11 +63,13 @@ def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> 
             "generation",
             [(corner.get((m, settings[0])), corner.get((m, settings[1]))) for m in models],
         )
-    return verdict + _adjusted(paired_by)
+    # Two dice are two questions: each has its own family.
+    families = ([one for one in paired_by if one[1] == die] for die in ("training", "generation"))
+    return verdict + [effect for family in families for effect in _adjusted(family)]
 
 
 def _adjusted(paired_by: Sequence[tuple[str, str, list[float]]]) -> list[Effect]:
-    """Intervals adjusted by Holm's method over all effects, lest one of a dozen be shown by luck."""
+    """Intervals adjusted by Holm's method over all effects of one die, lest one of them be shown by luck."""
     seeds = len(paired_by[0][2]) if paired_by else 0
     if seeds < 2 or any(len(values) != seeds for _, _, values in paired_by):
         told = [(measure, die, estimate(values)) for measure, die, values in paired_by]

@@ -21,7 +21,7 @@ STUDIES: dict[str, dict[str, Any]] = {
         },
         "seeds": 5,
         "demo": True,
-        "sampling": {"prompts": 12, "prompt_tokens": 16, "tokens": 48},
+        "sampling": {"prompts": 24, "prompt_tokens": 16, "tokens": 48},
         "case": (
             "Text is scarce here on purpose, because that is when dropout is worth asking about: 7 "
             "% of the training part of Python's language reference, read about 16 times by a model "

@@ -395,7 +395,7 @@ def _export(
 
 
 def _whole_step(out: Path, wanted: int, tell: Callable[[Event], None]) -> int:
-    """`wanted`, or where its weights are damaged the whole checkpoint with the lowest loss on validation A."""
+    """`wanted`, or where it is damaged the whole checkpoint with the lowest loss on validation A."""
     folder = out / run_folder.CHECKPOINTS
     try:
         disk.verify_checkpoint(disk.checkpoint_path(folder, wanted))
