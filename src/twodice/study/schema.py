@@ -165,7 +165,7 @@ class Example(_Part):
 
 
 class Effect(_Part):
-    """How far one die moves one measure, paired by training seed; the interval is adjusted for all of that die.
+    """How far one die moves one measure, paired by training seed; intervals are adjusted per die.
 
     The training die: with dropout minus without, over both settings. The generation die: drawn minus greedy,
     over both models. The loss on unseen text and the gap have no effect of the generation die: it never
