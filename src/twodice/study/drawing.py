@@ -275,7 +275,7 @@ def draw_forest(ax: Axes, data: ForestData, theme: Theme) -> Drawn:
     )
     zero = (0 - low) / (high - low)
     for text, side, x in (("◀ less loss", "left", 0.0), ("more loss ▶", "right", 1.0)):
-        if (side == "left" and zero > 0.36) or (side == "right" and zero < 0.64):
+        if (side == "left" and zero > 0.4) or (side == "right" and zero < 0.6):
             ax.annotate(
                 text,
                 (x, 1),
