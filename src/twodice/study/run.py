@@ -11,7 +11,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,13 +19,14 @@ import twodice
 from twodice.errors import ConfigError
 from twodice.study import schema, summary
 from twodice.study.arms import Arm
+from twodice.study.best import BEST, put_best, take_back
 from twodice.study.pool import Job, Pool
 from twodice.study.records import Recorder
 from twodice.study.sampling_cross import settings_of
 from twodice.study.spec import Settled, StudySpec, differences, read_spec, write_spec
 from twodice.training.config import TrainConfig, with_setting
 
-TEXT, TRIALS, TUNING, BEST = "text", "trials", "tuning", "best"
+TEXT, TRIALS, TUNING = "text", "trials", "tuning"
 _EVALUATIONS, _FEWEST_EVALUATIONS, _FEWEST_STEPS = 20, 10, 20
 _REHEARSAL_STEPS = 6
 _MOST_WORKERS = 8
@@ -107,6 +107,7 @@ def run_study(
     began = time.monotonic()
     log = Recorder(out)
     try:
+        take_back(out)
         workers = before[1].workers if before is not None else max(w for w, _ in _layouts(spec, trials))
         with Pool(workers, stop=stop, say=say) as pool:
             study = Study(spec, out, pool, log, say, bar, began)
@@ -126,7 +127,8 @@ def run_study(
     finally:
         log.close()
     report = summary.write_summary(out)
-    _put_best(out, report, arms)
+    best = next(arm for arm in arms if arm.name == report.best)
+    put_best(out, _trial_folder(out, best, report.best_seed) / "model")
     return report
 
 
@@ -437,15 +439,3 @@ def _generate(study: Study, arms: list[Arm], settled: Settled) -> None:
                     {"kind": "sampling", "arm": name, "seed": seed, "texts": result["texts"], **cell}
                 )
             shown.update(done)
-
-
-def _put_best(out: Path, report: schema.Report, arms: list[Arm]) -> None:
-    """Copy the best model's folder to ``best/``, whole or not at all."""
-    arm = next(arm for arm in arms if arm.name == report.best)
-    source = _trial_folder(out, arm, report.best_seed) / "model"
-    side, target = out / f".{BEST}.new", out / BEST
-    shutil.rmtree(side, ignore_errors=True)
-    shutil.copytree(source, side)
-    with suppress(FileNotFoundError):
-        shutil.rmtree(target)
-    side.rename(target)
