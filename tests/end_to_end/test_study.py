@@ -99,6 +99,22 @@ def test_two_equal_arms_cannot_be_told_apart(finished: tuple[Path, Path, str]) -
     assert dropout.at_end.difference is not None and 0.0 not in dropout.at_end.difference.values
 
 
+def test_arms_that_differ_by_chance_alone_cannot_be_told_apart(tmp_path: Path) -> None:
+    plan = "residual=0.3; embedding=0.3"
+    spec = write_spec(tmp_path, f'first = "{plan}"\nagain = "{plan}; dropout_draw=1"', steps=6, seeds=3)
+    done = run("study", "--spec", spec, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path / "out" / "report.json")
+    first, again = report.arms
+    firsts = [arm.curve.validation_nats_per_token[0].values for arm in (first, again)]
+    assert firsts[0] == firsts[1]  # the same weights and windows before the first mask
+    for told in (again.at_best.difference, again.at_end.difference):
+        assert told is not None and 0.0 not in told.values and len(set(told.values)) == 3
+        assert told.low is not None and told.high is not None and told.low < 0 < told.high
+    assert again.verdict == again.at_end.verdict == "cannot tell"
+    assert report.best == "first" and report.answer.startswith("On this text we cannot tell whether any ")
+
+
 def test_trials_of_one_seed_begin_alike(finished: tuple[Path, Path, str]) -> None:
     report = read_report(finished[1] / "report.json")
     firsts = [arm.curve.validation_nats_per_token[0].values for arm in report.arms]

@@ -94,6 +94,18 @@ def test_the_plan_of_dropout_changes_neither_the_weights_nor_the_batches(step_of
         assert torch.equal(one.batch(number)[0], two.batch(number)[0])
 
 
+def test_another_draw_of_dropout_changes_the_masks_and_nothing_else(step_of: Make) -> None:
+    one, first = gradients(step_of(dropout=PLAN), 3)
+    again = step_of(dropout=PLAN, dropout_draw=1)
+    batch = again.batch(3)[0]
+    two, second = gradients(again, 3)
+    assert not torch.equal(one, two) and not torch.equal(first, second)
+    without, other = step_of(), step_of(dropout_draw=1)
+    assert torch.equal(batch, without.batch(3)[0])
+    assert all(torch.equal(p, q) for p, q in zip(without.parameters, other.parameters, strict=True))
+    assert torch.equal(gradients(without, 3)[1], gradients(other, 3)[1])
+
+
 def test_the_callers_generator_is_left_as_it_was(store: TokenStore, tmp_path: Path) -> None:
     from twodice.training.loop import train
 

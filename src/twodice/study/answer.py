@@ -20,8 +20,11 @@ def _quoted(names: Sequence[str]) -> str:
 def answer_of(arms: Sequence[schema.Arm], baseline: str, *, is_complete: bool) -> str:
     """The answer in one sentence: first dropout, then what else was asked."""
     lead = "" if is_complete else "So far (not all trials are done): "
-    dropping = [arm for arm in arms if arm.has_dropout and arm.name != baseline]
-    others = [arm for arm in arms if not arm.has_dropout and arm.name != baseline]
+    compared = [arm for arm in arms if arm.name != baseline]
+    # Against a baseline that drops units itself, no difference says whether dropout helps.
+    asks = not any(arm.has_dropout for arm in arms if arm.name == baseline)
+    dropping = [arm for arm in compared if arm.has_dropout and asks]
+    others = [arm for arm in compared if arm not in dropping]
     said = _of_group(dropping, "dropout", baseline) if dropping else _of_group(others, "", baseline)
     if dropping and others:
         said += "; without dropout " + ", ".join(map(_of_other, others))

@@ -183,7 +183,7 @@ def make_spec(
         if not equals or len(options) < 2:
             raise ConfigError(f"--tune takes NAME=VALUE,VALUE,...; got {text!r}")
         dotted = full_name(name.strip())
-        if dotted in SHARED or dotted in ("dropout", "model"):
+        if dotted in SHARED or dotted in ("dropout", "dropout_draw", "model"):
             raise ConfigError(
                 f"{dotted} cannot be tuned for each arm; learning rate and other optimizer settings can"
             )

@@ -230,11 +230,11 @@ def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[
         return names, None, f"'{baseline}' has dropout itself, so there is no model without to cross"
     if not dropping:
         return names, None, "no arm has dropout"
-    theirs = dict(by_name[baseline].settings)
+    theirs, of_dropout = dict(by_name[baseline].settings), {"dropout", "dropout_draw"}
 
     def differs(arm: schema.Arm) -> list[str]:
         ours = dict(arm.settings)
-        return sorted(k for k in {*ours, *theirs} if k != "dropout" and ours.get(k) != theirs.get(k))
+        return sorted(k for k in {*ours, *theirs} - of_dropout if ours.get(k) != theirs.get(k))
 
     # What the corners show is credited to the training die, so an arm that changes dropout alone comes first.
     alone = [arm for arm in dropping if not differs(arm)]

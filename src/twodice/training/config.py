@@ -95,6 +95,10 @@ class TrainConfig(_Settings):
     dropout: str = Field(
         default="none", description="plan of dropout, such as 'embedding=0.1, residual=0.1'; none for none"
     )
+    dropout_draw: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0,
+        description="which of the sets of masks: another number, other masks, everything else the same",
+    )
     tokenizer: str | None = Field(
         default=None,
         description="kind: bpe (learned here), bytes, or a folder; default bpe, or the model's own",

@@ -105,8 +105,9 @@ class TrainingStep:
 
     Randomness
     ----------
-    Order of the data: ``Key(seed).child("data")``. Masks: the sites' keys at this seed, (step, example,
-    position, column). Random calls of the model outside the plan: ``Key(seed)`` by `reseed_net`.
+    Order of the data: ``Key(seed).child("data")``. Masks: the sites' keys at this seed and
+    ``dropout_draw``, (step, example, position, column). Random calls of the model outside the plan:
+    ``Key(seed)`` by `reseed_net`.
     """
 
     def __init__(
@@ -189,7 +190,9 @@ class TrainingStep:
         """The context in which the masks of this step and these rows are in force."""
         if self.handle is None:
             return contextlib.nullcontext()
-        entered: AbstractContextManager[Any] = self.handle.step(step, examples=examples)
+        entered: AbstractContextManager[Any] = self.handle.step(
+            step, examples=examples, draw=self.config.dropout_draw
+        )
         return entered
 
     def __call__(self, step: int, stop: Callable[[], bool]) -> float:
