@@ -210,7 +210,54 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
     return nb::make_tuple(bad.load(), nb::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * 8));
 }
 
+// ---- the parts of a draw, number by number, for the test that holds them against random/noise.py ---------------------
+
+// The 16 leading bits of the tokens first .. first + count - 1 (first a multiple of 8), by the instructions in force.
+void leading16_run(uint32_t first, int64_t count, uint32_t position, uint32_t completion, uint32_t purpose,
+                   uint64_t key, uintptr_t out) {
+    Run run;
+    run.set_key(key);
+    run.set_row(position, completion, purpose);
+    std::vector<uint16_t> lanes(static_cast<size_t>((count + 7) / 8 * 8));
+    fill_lanes(run, first >> 3, lanes.size() / 8, lanes.data());
+    std::copy_n(lanes.begin(), count, at<int64_t>(out));
+}
+
+// The whole uniforms and their Gumbel noise; places are (rows, 4): id, position, completion, purpose.
+void gumbel_draws(uintptr_t places, int64_t rows, uintptr_t keys, uintptr_t uniforms, uintptr_t noise) {
+    const int64_t* place = at<const int64_t>(places);
+    for (int64_t i = 0; i < rows; ++i, place += 4) {
+        const uint32_t id = static_cast<uint32_t>(place[0]);
+        const Place where{at<const uint64_t>(keys)[i], static_cast<uint32_t>(place[1]), static_cast<uint32_t>(place[2]),
+                          static_cast<uint32_t>(place[3])};
+        at<uint64_t>(uniforms)[i] = uniform64(where, id, leading16(where, id));
+        at<double>(noise)[i] = gumbel(where, id);
+    }
+}
+
+void gumbel_of_bits(uintptr_t uniforms, int64_t count, uintptr_t out) {
+    for (int64_t i = 0; i < count; ++i) at<double>(out)[i] = gumbel_from_bits(at<const uint64_t>(uniforms)[i]);
+}
+
+// Fixed-point masses of z <= 0, by the instructions in force.
+void weights_of(uintptr_t z, int64_t count, uintptr_t out) {
+    std::vector<int32_t> bucket(static_cast<size_t>(count));
+    const double* const values = at<const double>(z);
+    int64_t* const found = at<int64_t>(out);
+#if TWODICE_X86
+    if (simd_level().load(std::memory_order_relaxed) >= Simd::avx2)
+        return avx2::masses(values, count, 0.0, 1.0, 1.0, found, bucket.data());
+#endif
+    portable::masses(values, count, 0.0, 1.0, 1.0, found, bucket.data());
+}
+
 }  // namespace
 }  // namespace twodice
 
-void bind_sampling(nb::module_& m) { m.def("sample", &twodice::sample); }
+void bind_sampling(nb::module_& m) {
+    m.def("sample", &twodice::sample);
+    m.def("leading16_run", &twodice::leading16_run);
+    m.def("gumbel_draws", &twodice::gumbel_draws);
+    m.def("gumbel_of_bits", &twodice::gumbel_of_bits);
+    m.def("weights_of", &twodice::weights_of);
+}
