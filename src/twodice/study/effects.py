@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from twodice.study.compare import estimate, paired
+from twodice.study.compare import ALPHA, half_width, holm, paired
 from twodice.study.schema import Arm, Cross, Effect, Estimate, Measures, Sampling
 
 #: What a model knows, measured on held-out text: no setting of the generation die can change it.
@@ -69,22 +69,23 @@ def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> 
 
 
 def _adjusted(paired_by: Sequence[tuple[str, str, list[float]]]) -> list[Effect]:
-    """Intervals adjusted by Holm's method over all effects of one die, lest one of them be shown by luck."""
-    seeds = len(paired_by[0][2]) if paired_by else 0
-    if seeds < 2 or any(len(values) != seeds for _, _, values in paired_by):
-        told = [(measure, die, estimate(values)) for measure, die, values in paired_by]
-        return [Effect(measure=m, die=d, mean=e.mean, low=e.low, high=e.high) for m, d, e in told]  # type: ignore[arg-type]
-    found = paired(np.array([values for _, _, values in paired_by]))
-    return [
-        Effect(
-            measure=measure,
-            die=die,  # type: ignore[arg-type]
-            mean=float(found.mean[i]),
-            low=float(found.low[i]),
-            high=float(found.high[i]),
-        )
-        for i, (measure, die, _) in enumerate(paired_by)
-    ]
+    """Intervals adjusted by Holm's method over all effects of one die, lest one of them be shown by luck.
+
+    An effect of one seed has no interval: it claims nothing, so it is not counted.
+    """
+    alone = [paired(np.array([values])) if len(values) > 1 else None for _, _, values in paired_by]
+    _, factors = holm(np.array([float(one.p[0]) for one in alone if one is not None]))
+    factor_of = iter(factors)
+    found = []
+    for (measure, die, values), one in zip(paired_by, alone, strict=True):
+        if one is None:
+            mean, low, high = values[0], None, None
+        else:
+            mean, n = float(one.mean[0]), len(values)
+            half = float(half_width(n, ALPHA / next(factor_of)) * one.sd[0] / n**0.5)
+            low, high = mean - half, mean + half
+        found.append(Effect(measure=measure, die=die, mean=mean, low=low, high=high))  # type: ignore[arg-type]
+    return found
 
 
 def _differences(

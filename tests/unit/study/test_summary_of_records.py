@@ -198,6 +198,51 @@ def test_effects_of_the_cross_are_adjusted_for_their_number() -> None:
     assert (among[0].low, among[0].high) == pytest.approx((1.0125 - wide, 1.0125 + wide))
 
 
+def test_effects_of_unequal_seeds_are_adjusted_each_by_its_own_number() -> None:
+    from twodice.study.effects import _adjusted
+
+    four, three = [1.0, 1.1, 0.9, 1.05], [0.3, -0.2, 0.1]
+    first, second, once = _adjusted(
+        [
+            ("rep_4", "generation", four),
+            ("self_bleu", "generation", three),
+            ("distinct_2", "generation", [7.0]),
+        ]
+    )
+    # The clearer of two is tested at 0.05 / 2, the other at 0.05; one seed claims nothing and is not counted.
+    for effect, values, alpha in ((first, four, 0.025), (second, three, 0.05)):
+        n, sd = len(values), float(np.std(values, ddof=1))
+        half = compare.half_width(n, alpha) * sd / math.sqrt(n)
+        mean = sum(values) / n
+        assert (effect.low, effect.high) == pytest.approx((mean - half, mean + half))
+    assert (once.mean, once.low, once.high) == (7.0, None, None)
+
+
+def test_each_die_is_a_family_of_its_own() -> None:
+    """What blurs the generation die alone widens no interval of the training die."""
+    report = example_report()
+    assert report.cross is not None
+
+    def blurred(cell: schema.Sampling) -> schema.Sampling:
+        if cell.setting.greedy:
+            return cell
+        told = {}
+        for name in ("rep_4", "looping_tails", "distinct_2", "self_bleu", "own_nats_per_token"):
+            values = getattr(cell.measures, name).values
+            # The same for both models: it cancels in what the training die does.
+            told[name] = compare.estimate([v + 30 * (-1) ** i for i, v in enumerate(values)])
+        return cell.model_copy(update={"measures": cell.measures.model_copy(update=told)})
+
+    before = effects(report.arms, report.sampling, report.cross)
+    after = effects(report.arms, [blurred(cell) for cell in report.sampling], report.cross)
+    for one, two in zip(before, after, strict=True):
+        assert (one.measure, one.die) == (two.measure, two.die)
+        if one.die == "training":
+            assert (one.low, one.high) == pytest.approx((two.low, two.high), abs=1e-9)
+        elif one.measure != "longest_copied_characters":  # the saboteur at work: it did blur the other die
+            assert two.low is not None and two.low < -10 < 10 < two.high  # type: ignore[operator]
+
+
 def test_an_end_of_an_interval_that_is_not_zero_is_not_written_as_zero() -> None:
     assert [compare._end(x) for x in (0.0, 0.04, -0.04, 1.26, -0.001)] == [
         "0.0",
