@@ -262,9 +262,6 @@ class _Output:
 
     def __init__(self, n: int) -> None:
         self._n, self._is_open = n, False
-        # A terminal that cannot show a character shows a question mark; it does not stop the text.
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
 
     def _head(self, completion: int) -> None:
         if self._n > 1:

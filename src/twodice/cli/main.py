@@ -57,6 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     if name not in COMMANDS:
         notice(f"error: no command {name!r}{nearest(name, COMMANDS)} (twodice --help lists them)")
         raise SystemExit(EXIT_USAGE)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark; that stops no work.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     with errors_in_one_line(debug):
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         function = getattr(importlib.import_module(f"twodice.cli.{name}"), name)

@@ -10,6 +10,8 @@ from typing import Any
 
 from twodice.study import schema
 from twodice.study.spec import Settled, StudySpec
+from twodice.study.words import brief, number
+from twodice.training.config import FEW_EPOCHS
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -82,15 +84,20 @@ def details_of(report: schema.Report) -> list[str]:
     rise, gap = base.overfits_percent, base.at_end.gap_nats_per_token.mean
     if rise >= 1:
         found.append(
-            f"'{base.name}' overfits: its loss on unseen text ends {rise:.1f} % above its best, {gap:.2f} "
-            f"nats per "
-            "token above its loss on the training text."
+            f"'{base.name}' overfits: its loss on unseen text ends {brief(rise)} % above its best, {gap:.2f} "
+            "nats per token above its loss on the training text."
         )
     else:
+        read = passes(report.steps, report.model, report.data)
+        times = f"{number(read, 'count')} times"
         found.append(
             f"'{base.name}' does not overfit in {report.steps} steps: its loss on unseen text ends "
-            f"{rise:.1f} % "
-            f"above its best (gap {gap:.2f} nats per token). Dropout is for texts that are read many times."
+            f"{brief(rise)} % above its best (gap {gap:.2f} nats per token). "
+            + (
+                f"The training text was read about {times}; dropout is for texts that are read many times."
+                if read <= FEW_EPOCHS
+                else f"That is so although the training text was read about {times}."
+            )
         )
     bits = base.at_best.validation_bits_per_byte.mean
     for line in report.sanity:
@@ -99,6 +106,11 @@ def details_of(report: schema.Report) -> list[str]:
     if len(report.seeds) == 1:
         found.append("One seed cannot separate an effect from chance: no interval and no verdict is given.")
     return found
+
+
+def passes(steps: int, model: schema.Model, data: schema.Facts) -> float:
+    """How often the training text is read."""
+    return steps * model.batch * model.context / max(1, data.train_tokens)
 
 
 def plan_words(pairs: int, comparisons: int, smallest: float | None, sd_percent: float | None) -> str:
@@ -121,7 +133,9 @@ def plan_words(pairs: int, comparisons: int, smallest: float | None, sd_percent:
 def notes_of(spec: StudySpec, settled: Settled, study: Mapping[str, Any]) -> list[str]:
     """How everything was measured."""
     context, data, batch = study["model"]["context"], study["data"], study["model"]["batch"]
-    passes = settled.steps * batch * context / max(1, data["train_tokens"])
+    read = passes(
+        settled.steps, schema.Model.model_validate(study["model"]), schema.Facts.model_validate(data)
+    )
     notes = [
         (
             "All trials of one seed share initial weights, the order of the batches and nested masks of "
@@ -130,7 +144,7 @@ def notes_of(spec: StudySpec, settled: Settled, study: Mapping[str, Any]) -> lis
         ),
         (
             f"Every trial took {settled.steps} steps of {batch} windows of {context} tokens, about "
-            f"{passes:.0f} "
+            f"{number(read, 'count')} "
             f"passes over the training text; the number of steps is {settled.reason}."
         ),
         (

@@ -25,6 +25,7 @@ from scipy.special import nctdtr, stdtr, stdtrit
 
 from twodice.errors import ConfigError, DataError
 from twodice.study.schema import Difference, Estimate, Percent, Verdict
+from twodice.study.words import brief
 
 ALPHA = 0.05
 #: "Would probably settle it": in four of five studies.
@@ -203,26 +204,16 @@ def words(difference: Difference | None) -> str:
         if more is not None:
             need = f"about {more} more {'seed' if more == 1 else 'seeds'} would"
         # Like 'helps by', positive is better: the two ends change places with the sign.
-        return f"cannot tell: {_by(percent.mean)} [{_end(-percent.high)}, {_end(-percent.low)}]; {need}"
+        return f"cannot tell: {_by(percent.mean)} [{brief(-percent.high)}, {brief(-percent.low)}]; {need}"
     sign = -1 if said == "helps" else 1
     ends = sorted((sign * percent.low, sign * percent.high))
-    return f"{said} by {_size(abs(percent.mean))} % [{_size(ends[0])}, {_size(ends[1])}]"
-
-
-def _size(percent: float) -> str:
-    return f"{percent:.1f}" if abs(percent) >= 0.1 else f"{percent:.2g}"
-
-
-def _end(percent: float) -> str:
-    # One digit more where rounding would put an end of the interval on zero, which it is not.
-    text = f"{percent:.1f}" if abs(percent) >= 0.05 else f"{percent:.2f}"
-    return "0.0" if percent == 0 or float(text) == 0 else text
+    return f"{said} by {brief(abs(percent.mean))} % [{brief(ends[0])}, {brief(ends[1])}]"
 
 
 def _by(percent: float) -> str:
     if percent == 0:
         return "no difference"
-    return f"{_size(abs(percent))} % {'better' if percent < 0 else 'worse'}"
+    return f"{brief(abs(percent))} % {'better' if percent < 0 else 'worse'}"
 
 
 def power(difference: float, sd: float, n: int, alpha: float) -> float:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from twodice.errors import DataError
 from twodice.study import charts, plot_data
+from twodice.study.answer import passes
 from twodice.study.layout import shortened
 from twodice.study.marks import Piece, marked, without_blanks
 from twodice.study.schema import Arm, Effect, Estimate, Example, Report, read_report
@@ -417,6 +418,7 @@ def render(report: Report) -> str:
             ordered=sorted(report.arms, key=lambda arm: numbers[arm.name]),
             role={name: plot_data.arm_role(report, name) for name in numbers},
             measures=plot_data.MEASURES,
+            passes=passes(report.steps, report.model, report.data),
             untuned_is_said=any("not tuned" in note for note in report.how.notes),
             tuned=any(arm.tuned for arm in report.arms),
         )

@@ -8,6 +8,8 @@ more seeds would be needed, or *wins only at the end* where that is what happene
 
 from __future__ import annotations
 
+import numpy as np
+
 MINUS, NARROW = "−", "\u202f"  # a true minus; a narrow space that does not break, before units
 
 
@@ -24,7 +26,8 @@ def number(value: float | int | None, kind: str = "nats") -> str:
         None gives a dash.
     kind
         ``nats`` (three decimals), ``share`` (0.124 as 12.4 %), ``percent`` (3.1 as 3.1 %), ``count`` (whole,
-        or one decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals).
+        or one decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals). Of ``percent`` and
+        ``plain1`` see `brief` for what is small.
     """
     if value is None:
         return "–"
@@ -33,11 +36,18 @@ def number(value: float | int | None, kind: str = "nats") -> str:
     if kind == "share":
         return _unsigned_zero(f"{100 * value:.1f}") + f"{NARROW}%"
     if kind == "percent":
-        return _unsigned_zero(f"{value:.1f}") + f"{NARROW}%"
+        return brief(value) + f"{NARROW}%"
     if kind == "count":
         whole = float(value).is_integer() or abs(value) >= 100
         return _unsigned_zero(f"{value:,.0f}" if whole else f"{value:.1f}")
-    return _unsigned_zero(f"{value:.1f}" if kind == "plain1" else f"{value:.2f}")
+    return brief(value) if kind == "plain1" else _unsigned_zero(f"{value:.2f}")
+
+
+def brief(value: float) -> str:
+    """One decimal; below 0.1 as many as show two digits, since a bound that is not zero has a side."""
+    if value == 0 or abs(value) >= 0.1:
+        return _unsigned_zero(f"{value:.1f}")
+    return _signs(np.format_float_positional(value, precision=2, fractional=False, trim="-"))
 
 
 def _unsigned_zero(text: str) -> str:

@@ -14,12 +14,10 @@ from typing import Any
 from twodice.dropout.plan import DropoutPlan
 from twodice.errors import ConfigError, DataError
 from twodice.text.store import TokenStore
-from twodice.training.config import TrainConfig, with_value
+from twodice.training.config import FEW_EPOCHS, TrainConfig, with_value
 from twodice.training.models import model_facts
 from twodice.training.presets import PRESETS
 
-# Repeating a text up to about 4 times is nearly as good as fresh text (Muennighoff et al. 2023, section 5).
-_EPOCHS = 4
 _FEWEST_STEPS, _MOST_STEPS = 200, 2000
 _EVALUATIONS, _FEWEST_EVALUATIONS = 20, 5
 _EVALUATION_SHARE = 0.15
@@ -176,9 +174,9 @@ def _with_steps(
             steps = int(steps * 0.99)
         why = f"{minutes:g} minutes at {speed.step_s * 1e3:.0f} ms a step, measured here"
         return with_value(config, "steps", steps), why
-    wanted = round(_EPOCHS * windows / batch)
+    wanted = round(FEW_EPOCHS * windows / batch)
     steps = min(_MOST_STEPS, max(_FEWEST_STEPS, wanted))
-    why = f"{_EPOCHS} epochs would be {wanted} steps"
+    why = f"{FEW_EPOCHS} epochs would be {wanted} steps"
     if steps != wanted:
         why += f"; at least {_FEWEST_STEPS} and at most {_MOST_STEPS} unless said"
     return with_value(config, "steps", steps), why

@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from twodice.errors import ConfigError, nearest
 
+#: Repeating a text up to so often is nearly as good as fresh text (Muennighoff et al. 2023, section 5).
+FEW_EPOCHS = 4
+
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Rate = Annotated[float, Field(ge=0, lt=1)]
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,11 @@ def test_a_closed_pipe_is_not_an_error_that_shows_a_traceback() -> None:
         f"{sys.executable} -m twodice doctor --json | head -c 1", shell=True, capture_output=True, text=True
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_a_question_mark(tmp_path: Path) -> None:
+    done = run("report", str(tmp_path / "−"), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and "/? must hold a study" in done.stderr
 
 
 def test_progress_off_a_terminal_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,13 @@ from tests.support.example_report import example_report
 
 from twodice.errors import ConfigError, DataError
 from twodice.study import compare, schema
+from twodice.study.answer import details_of
 from twodice.study.effects import effects
 from twodice.study.records import RECORDS, Recorder, read_records
 from twodice.study.report import settings_text
 from twodice.study.sanity import xz_bits_per_byte
 from twodice.study.summary import choose_cross, earlier_sd_percent, summarise, write_summary
+from twodice.study.words import brief, percent
 
 
 def write(folder: Path, records: list[dict[str, object]]) -> None:
@@ -243,11 +245,54 @@ def test_each_die_is_a_family_of_its_own() -> None:
             assert two.low is not None and two.low < -10 < 10 < two.high  # type: ignore[operator]
 
 
-def test_an_end_of_an_interval_that_is_not_zero_is_not_written_as_zero() -> None:
-    assert [compare._end(x) for x in (0.0, 0.04, -0.04, 1.26, -0.001)] == [
-        "0.0",
-        "0.04",
-        "-0.04",
-        "1.3",
-        "0.0",
-    ]
+def test_a_small_bound_keeps_its_sign_and_its_size() -> None:
+    said = [brief(x) for x in (0.0, 0.04, -0.04, 1.26, -0.001, 0.00051, -0.0000312, 0.0996)]
+    assert said == ["0.0", "0.04", "−0.04", "1.3", "−0.001", "0.00051", "−0.000031", "0.1"]
+    (told,) = compare.compare([2.0, 2.0, 2.0], [[1.9999, 2.0001, 1.99997]])
+    assert compare.words(told).startswith("cannot tell: 0.0005 % better [−0.012, 0.013]; ")
+    assert percent(-0.0004) == "−0.0004\u202f%"
+
+
+def with_data(report: schema.Report, **changes: object) -> schema.Report:
+    return report.model_copy(update={"data": report.data.model_copy(update=changes)})
+
+
+def test_few_readings_are_named_as_the_reason_only_where_they_were_few() -> None:
+    report = summarise(example_records())
+    calm = report.arms[0].model_copy(update={"overfits_percent": 0.02})
+    report = report.model_copy(update={"arms": [calm, *report.arms[1:]]})
+    tokens = report.steps * report.model.batch * report.model.context
+    few, many = (" ".join(details_of(with_data(report, train_tokens=tokens // n))) for n in (2, 40))
+    assert "does not overfit in 20 steps: its loss on unseen text ends 0.02 % above" in few
+    assert "was read about 2 times; dropout is for texts that are read many times" in few
+    assert "although the training text was read about 40 times" in many and "dropout is for" not in many
+
+
+def test_what_wins_only_at_the_end_is_held_against_stopping_early() -> None:
+    report = summarise(example_records())
+    assert report.arms[1].only_at_end
+    for verdict, said in (
+        ("cannot tell", "stopping 'neither' at its best step does as well, as far as this study can tell."),
+        ("hurts", "stopping 'neither' at its best step does better."),
+    ):
+        arm = report.arms[1].model_copy(update={"verdict": verdict})
+        told = details_of(report.model_copy(update={"arms": [report.arms[0], arm, report.arms[2]]}))
+        assert told[0] == f"'dropout' wins at the end of training only: {said}"
+
+
+def test_an_arm_that_helps_is_the_answer_with_its_interval() -> None:
+    records = example_records()
+    for record in records:
+        if record["kind"] == "trial" and record["arm"] == "dropout":
+            for evaluation in record["evaluations"]:
+                evaluation["validation_b_nats_per_token"] -= 0.1
+    report = summarise(records)
+    dropout = report.arms[1]
+    assert dropout.verdict == "helps" and report.best == "dropout" and not dropout.only_at_end
+    told = dropout.at_best.difference
+    assert told is not None and told.percent.low is not None and told.percent.high is not None
+    ends = f"[{brief(-told.percent.high)}, {brief(-told.percent.low)}]"
+    assert dropout.words == f"helps by {brief(-told.percent.mean)} % {ends}"
+    assert report.answer.startswith(
+        f"On this text dropout {dropout.words} against 'neither' (arm 'dropout'); without dropout "
+    )
