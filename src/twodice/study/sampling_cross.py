@@ -1,7 +1,7 @@
 """The second die with one trained model: it continues held-out prompts in every setting, and is measured.
 
-Prompts are the beginnings of documents of validation text B, on which no step was chosen. Knows models, not
-arms.
+Prompts are from validation text B, on which no step was chosen: beginnings of documents, and, where too few
+are long enough, places spread over the text, which may lie anywhere in a document. Knows models, not arms.
 
 Randomness
 ----------
@@ -150,7 +150,7 @@ def cross_of_model(
 
 
 def measure_human(store: Any, copies: measures.CopyIndex, plan: dict[str, Any]) -> dict[str, Any]:
-    """The same measures on how the held-out documents really go on."""
+    """The same measures on how the held-out text really goes on after each prompt."""
     prompts = prompts_of(store, plan)
     texts = [_text(store, ids) for _, ids in prompts]
     found, runs, repetition = _measure([ids for _, ids in prompts], texts, copies)

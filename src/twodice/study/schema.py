@@ -140,7 +140,7 @@ class Sampling(_Part):
 
 
 class HumanText(_Part):
-    """The same measures on how the held-out documents really go on."""
+    """The same measures on how the held-out text really goes on after each prompt."""
 
     rep_4: float
     looping_tails: float

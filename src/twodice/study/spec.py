@@ -41,7 +41,7 @@ class SamplingPlan(_Part):
     """How the second die is thrown at the end: every arm that generates, in every setting."""
 
     prompts: Annotated[int, Field(ge=2)] = Field(
-        default=12, description="held-out documents that are continued"
+        default=12, description="stretches of held-out text that are continued"
     )
     prompt_tokens: Annotated[int, Field(ge=1)] = Field(default=24, description="tokens of each prompt")
     tokens: Annotated[int, Field(ge=8)] = Field(default=96, description="tokens of each continuation")
