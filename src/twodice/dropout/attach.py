@@ -15,29 +15,18 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from twodice.dropout import attention
 from twodice.dropout.audit import Audit, SiteRecord
-from twodice.dropout.hooks import (
-    BaseHook,
-    GuardHook,
-    Hook,
-    Inert,
-    InputHook,
-    OutputHook,
-    Reader,
-    RootEnd,
-    RootHook,
-    Site,
-    State,
-)  # fmt: skip
-from twodice.dropout.plan import DropoutPlan, Entry
-from twodice.dropout.schedules import threshold
+from twodice.dropout.hooks import BaseHook, Hook, Inert, Reader, RootEnd, RootHook, Site, State
+from twodice.dropout.install import Hooked, make_site
+from twodice.dropout.plan import KINDS, STACKS, DropoutPlan, Entry
+from twodice.dropout.schedules import Constant, Schedule, threshold
 from twodice.dropout.sites import Inventory, OwnDropout, Place, find, has_fast_path, unwrap, walk
 from twodice.dropout.step import FORMULA, Snapshot, coordinate, site_key
 from twodice.errors import ConfigError, ContractError, nearest
@@ -78,9 +67,9 @@ class Handle:
         examples : int64 tensor, array or list (B,) or (B, T), optional
             Slot of each row in the *global* batch of the step. Default 0 .. B-1, which is legal for one
             forward and one rank only; else ``(micro * world + rank) * rows + arange(rows)``.
-        positions : int64 tensor, array or list (B, T) or (1, T), optional
+        positions : int64 tensor, array or list (B, T) or (1, T), or dict, optional
             Position of each token. Default: ``position_ids`` of the forward, else 0 .. T-1 (behind a cache:
-            after what it holds).
+            after what it holds). For an encoder-decoder a dict with ``encoder``, ``decoder`` or both.
         draw : int
             Another draw of masks in the same step; 0 or more.
 
@@ -111,6 +100,38 @@ class Handle:
             state.snapshot = None
             state.frame = None
             state.switch_off()
+
+    def observe(self, step: int, loss: float) -> None:
+        """Tell a validation loss, for schedules that follow it (`plateau`); others take no notice.
+
+        Parameters
+        ----------
+        step : int
+            The step before which it was measured; it counts from this step on. Never below the last one. The
+            same measurement again is ignored, so that a resumed run may tell all that it has logged.
+        loss : float
+            Finite; lower is better.
+
+        Raises
+        ------
+        ConfigError
+            A step that lies before the last one, another loss for a step that has one, or a loss that is not
+            finite.
+        """
+        known = self._state.losses
+        if isinstance(step, bool) or not hasattr(step, "__index__") or step.__index__() < 0:
+            raise ConfigError(f"step must be an integer of 0 or more; got {step!r}")
+        step, loss = step.__index__(), float(loss)
+        if not isfinite(loss):
+            raise ConfigError(f"a validation loss must be finite; got {loss!r} at step {step}")
+        if (step, loss) in known:
+            return
+        if known and step <= known[-1][0]:
+            raise ConfigError(
+                f"validation losses must come by rising step, one for each; got {loss!r} at step {step} "
+                f"after {known[-1][1]!r} at step {known[-1][0]}"
+            )
+        known.append((step, loss))
 
     def recompute(self) -> tuple[Any, Any]:
         """Return the two contexts that ``torch.utils.checkpoint.checkpoint(...,
@@ -162,7 +183,7 @@ class Handle:
         state.attached = False
         _STATES.discard(state)
         self._removable, self._inventory, self._model = [], None, None
-        state.sites, state.all_sites, state.switches, state.layers, state.config = [], [], [], [], None
+        state.sites, state.all_sites, state.switches, state.layers, state.preparations = [], [], [], [], []
         _forget_compiled()
 
     _places: list[Place]
@@ -192,19 +213,34 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
             )
     if draw not in state.keys:
         state.keys[draw] = tuple(site_key(state.seed, site.name, draw, 0) for site in state.sites)
-    by_entry = {
-        entry: threshold(entry.schedule.rate(step, state.total_steps)) for entry in state.plan.entries
-    }
-    thresholds = tuple(by_entry[site.entry] for site in state.sites)
+    in_force: dict[Schedule, int] = {}
+    for site in state.sites:
+        if site.schedule not in in_force:
+            rate = site.schedule.rate(step, state.total_steps, state.losses)
+            in_force[site.schedule] = threshold(rate)
+    thresholds = tuple(in_force[site.schedule] for site in state.sites)
     return Snapshot(
         step,
         draw,
         coordinate(examples, "examples", (1, 2)),
-        coordinate(positions, "positions", (2,)),
+        _positions(positions),
         thresholds,
         torch.tensor(thresholds, dtype=torch.int64),
         torch.tensor(step),
     )
+
+
+def _positions(given: Any) -> dict[str | None, torch.Tensor]:
+    if not isinstance(given, dict):
+        given = {None: given}
+    found = {}
+    for stack, values in given.items():
+        if stack not in (None, *STACKS):
+            raise ConfigError(f"positions are given for {' and '.join(STACKS)}; got {stack!r}")
+        tensor = coordinate(values, "positions", (2,))
+        if tensor is not None:
+            found[stack] = tensor
+    return found
 
 
 def attach(
@@ -293,44 +329,28 @@ def _drop_inert(root: nn.Module) -> None:
                     rest.pop(number, None)
 
 
-def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry]]:
-    """The sites that the plan speaks of, each with its entry, in the order of the model."""
-    chosen: dict[str, tuple[Place, Entry]] = {}
-    model = type(found.root).__name__
+def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry, Schedule]]:
+    """The sites that the plan speaks of, each with its entry and its own schedule, in the order of the
+    model.
+    """
+    chosen: dict[str, tuple[Place, Entry, Schedule]] = {}
     for entry in plan.entries:
-        places = [place for place in found.places if place.kind == entry.kind]
-        if not places:
-            there = ", ".join(found.kinds) if found.kinds else "none"
-            raise ConfigError(
-                f"{entry.kind!r} has no site in {model}; the kinds there are: "
-                f"{there}{nearest(entry.kind, found.kinds)}"
-            )
-        if entry.place is not None and entry.kind == "dropout":
-            paths = [place.path for place in places]
-            places = [p for p in places if p.path == entry.place or p.path.startswith(f"{entry.place}.")]
-            if not places:
-                raise ConfigError(
-                    f"{entry.target!r} matches no nn.Dropout of {model}{nearest(entry.place, paths)}"
-                )
-        elif entry.place is not None:
-            places = [place for place in places if place.part == entry.place]
-        if entry.layers is not None:
-            assert found.layers is not None
-            for end in (entry.layers.start, entry.layers.stop):
-                if end is not None and not -found.layers <= end <= found.layers:
-                    raise ConfigError(f"layers of {model} are 0 to {found.layers - 1}; got {entry.target!r}")
-            wanted = entry.layers.indices(found.layers)
-            places = [place for place in places if place.layer in wanted]
-            if not places:
-                raise ConfigError(f"{entry.target!r} names no layer; {model} has {found.layers}")
+        places = _places_of(found, entry)
+        layers: dict[str | None, list[int]] = {}
+        for place in places:
+            if place.layer is not None and place.layer not in layers.setdefault(place.stack, []):
+                layers[place.stack].append(place.layer)
         for place in places:
             if place.name in chosen:
                 raise ConfigError(
                     f"each site must be spoken of once; {str(chosen[place.name][1])!r} and {str(entry)!r} "
-                    "both reach "
-                    f"{place.name!r}"
+                    f"both reach {place.name!r}"
                 )
-            chosen[place.name] = place, entry
+            schedule = entry.schedule
+            if place.layer is not None:
+                among = sorted(layers[place.stack])
+                schedule = schedule.at(among.index(place.layer), len(among))
+            chosen[place.name] = place, entry, schedule
     for own in found.own:
         twice = f"{own.path}#dropout"
         if own.feeds in chosen and twice in chosen:
@@ -340,6 +360,50 @@ def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry]]:
                 "one out, or narrow 'dropout' by its path"
             )
     return [chosen[place.name] for place in found.places if place.name in chosen]
+
+
+def _places_of(found: Inventory, entry: Entry) -> list[Place]:
+    """The places that one entry speaks of; none is an error that says what there is."""
+    model = type(found.root).__name__
+    places = [place for place in found.places if place.kind == entry.kind]
+    if not places:
+        there = ", ".join(found.kinds) if found.kinds else "none"
+        raise ConfigError(
+            f"{entry.kind!r} has no site in {model}; the kinds there are: "
+            f"{there}{nearest(entry.kind, found.kinds)}"
+        )
+    if entry.place is not None and KINDS[entry.kind].places is None:
+        paths = [place.path for place in places]
+        places = [p for p in places if p.path == entry.place or p.path.startswith(f"{entry.place}.")]
+        if not places:
+            what = "nn.Dropout" if entry.kind == "dropout" else "weight"
+            raise ConfigError(f"{entry.target!r} matches no {what} of {model}{nearest(entry.place, paths)}")
+    else:
+        if entry.stack is not None:
+            places = [place for place in places if place.stack == entry.stack]
+        if entry.part is not None:
+            # The attention of a stack on itself has no part of its own where the kind is one of attention.
+            part = {"self": None}.get(entry.part, entry.part)
+            places = [place for place in places if place.part == part]
+        if not places:
+            raise ConfigError(f"{entry.target!r} has no site in {model}; leave {entry.place!r} out")
+    if entry.layers is not None:
+        count = 1 + max(place.layer for place in places if place.layer is not None)
+        for end in (entry.layers.start, entry.layers.stop):
+            if end is not None and not -count <= end <= count:
+                raise ConfigError(f"layers of {model} are 0 to {count - 1}; got {entry.target!r}")
+        # Stacks may differ in depth: a negative number counts from the end of each.
+        places = [
+            place
+            for place in places
+            if place.layer
+            in entry.layers.indices(
+                1 + max(p.layer for p in places if p.layer is not None and p.stack == place.stack)
+            )
+        ]
+        if not places:
+            raise ConfigError(f"{entry.target!r} names no layer; {model} has {count}")
+    return places
 
 
 def _warn_of_twins(state: State, share: Handle | nn.Module | None) -> None:
@@ -372,59 +436,31 @@ def _forget_compiled() -> None:
         dynamo.reset()
 
 
-def _install(model: nn.Module, state: State, found: Inventory, chosen: list[tuple[Place, Entry]]) -> Handle:
+def _install(
+    model: nn.Module, state: State, found: Inventory, chosen: list[tuple[Place, Entry, Schedule]]
+) -> Handle:
     """Put the hooks in. What must not stand there outside a step goes into the state's switches instead."""
     root, base, family = found.root, found.base, found.family
     _drop_inert(root)
-    removable: list[RemovableHandle] = []
-    fleeting = has_fast_path(root)
+    hooked = Hooked(state, has_fast_path(root))
     generates = hasattr(root, "generate")
     reader = None if family is None else Reader(list(inspect.signature(base.forward).parameters))
     at_root = reader if base is root else None
-    removable.append(
+    hooked.removable.append(
         root.register_forward_pre_hook(RootHook(state, at_root, generates, family is None), with_kwargs=True)
     )
-    removable.append(root.register_forward_hook(RootEnd(state), always_call=True))
+    hooked.removable.append(root.register_forward_hook(RootEnd(state), always_call=True))
     if reader is not None and base is not root:
-        removable.append(base.register_forward_pre_hook(BaseHook(state, reader), with_kwargs=True))
+        hooked.removable.append(base.register_forward_pre_hook(BaseHook(state, reader), with_kwargs=True))
     everything = []
-    for place, entry in chosen:
-        live = entry.schedule.peak > 0
-        site = Site(state, len(state.sites) if live else -1, place, entry)
+    for place, entry, schedule in chosen:
+        live = schedule.peak > 0
+        site = make_site(state, len(state.sites) if live else -1, place, entry, schedule)
         everything.append(site)
-        if not live:
-            continue
-        state.sites.append(site)
-        module = place.module
-        if place.tensor == "attention":
-            assert family is not None
-            if state.config is None:
-                state.config = base.config
-                state.eager = sys.modules[family.home].eager_attention_forward
-                attention.road_of(base.config, state.eager, state.model_name)
-                from transformers.modeling_utils import AttentionInterface
-
-                state.switches.append((AttentionInterface._global_mapping, state.name, attention.attend))
-            removable.append(module.register_forward_pre_hook(GuardHook(state, place.name)))
-            copied = attention.shadow(module.config, state.name, site)
-            state.switches.append((module.__dict__, "config", copied))
-        elif place.tensor == "input":
-            before = InputHook(state, site)
-            if fleeting:
-                state.switches.append(
-                    (module._forward_pre_hooks, RemovableHandle(module._forward_pre_hooks).id, before)
-                )
-            else:
-                removable.append(module.register_forward_pre_hook(before))
-        else:
-            after = OutputHook(state, site)
-            if fleeting:
-                state.switches.append(
-                    (module._forward_hooks, RemovableHandle(module._forward_hooks).id, after)
-                )
-            else:
-                removable.append(module.register_forward_hook(after))
-    spoken = {place.name for place, _ in chosen}
+        if live:
+            state.sites.append(site)
+            hooked.put(site, place)
+    spoken = {place.name for place, _, _ in chosen}
     for own in found.own:
         if own.feeds in spoken or f"{own.path}#dropout" in spoken:
             state.switches.append((own.module.__dict__, own.attribute, 0.0))
@@ -436,14 +472,14 @@ def _install(model: nn.Module, state: State, found: Inventory, chosen: list[tupl
             state.layers.append(module.__dict__)
     state.all_sites = everything
     state.spoken = spoken
-    handle = Handle(model, state, found, removable)
-    handle._places = [place for place, _ in chosen]
+    handle = Handle(model, state, found, hooked.removable)
+    handle._places = [place for place, _, _ in chosen]
     return handle
 
 
 def _record(site: Site, place: Place) -> SiteRecord:
-    schedule = site.entry.schedule
-    live, why = True, "in every step" if str(schedule) == repr(schedule.peak) else "on its schedule"
+    schedule = site.schedule
+    live, why = True, "in every step" if isinstance(schedule, Constant) else "on its schedule"
     if schedule.peak == 0:
         live, why = False, "the rate is 0"
     elif not place.module.training:

@@ -10,6 +10,7 @@ Letters: B rows, H query heads, G query heads for each key head, T queries, S ke
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from twodice.errors import ConfigError, ContractError
 
 if TYPE_CHECKING:
-    from twodice.dropout.hooks import Site
+    from twodice.dropout.hooks import Site, State
     from twodice.dropout.step import Frame
 
 #: Arguments that change the weights in a way that this path does not know.
@@ -36,45 +37,78 @@ REFUSED = (
 SERVED = ("eager", "sdpa")
 
 
-class Road:
-    """How the model would attend without us: the name of its implementation and the function behind it."""
+class Attending:
+    """One attention module of an attached model: its sites, and how it would attend without us.
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name = name
-        self.function = function
-
-
-def road_of(config: Any, eager: Callable[..., Any], where: str) -> Road:
-    """Return the road that a config names, or refuse it.
-
-    Raises
-    ------
-    ConfigError
-        If the implementation is not one whose masks are understood.
+    Attributes
+    ----------
+    module : nn.Module
+        The attention module.
+    weights, keys : Site or None
+        What drops weights after the softmax, and what drops keys before it.
+    road : str
+        The implementation that the config names.
+    function : callable
+        The function behind it.
     """
-    name = config._attn_implementation
-    if name not in SERVED:
-        raise ConfigError(
-            f"attention dropout is served for {' and '.join(SERVED)}; the model uses {name!r} at {where!r}; "
-            "load it with attn_implementation='sdpa'"
-        )
-    if getattr(config, "reorder_and_upcast_attn", False):
-        raise ConfigError(f"attention dropout is not served with reorder_and_upcast_attn=True (at {where!r})")
-    if name == "eager":
-        return Road(name, eager)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    return Road(name, ALL_ATTENTION_FUNCTIONS[name])
+    def __init__(self, state: State, module: nn.Module) -> None:
+        self.state = state
+        self.module = module
+        self.weights: Site | None = None
+        self.keys: Site | None = None
+        self.road = ""
+        self.function: Callable[..., Any] | None = None
 
+    @property
+    def name(self) -> str:
+        """The name of a site of this module, for messages."""
+        site = self.weights or self.keys
+        assert site is not None
+        return site.name
 
-def shadow(config: Any, name: str, site: Site) -> Any:
-    """Return a copy of a config that names our attention function and carries the site; the config stays as
-    it is.
-    """
-    copied = copy.copy(config)
-    copied.__dict__["_attn_implementation_internal"] = name
-    copied.__dict__["twodice_site"] = site
-    return copied
+    @property
+    def stack(self) -> str | None:
+        """The stack of the queries."""
+        site = self.weights or self.keys
+        assert site is not None
+        return site.stack
+
+    def find_road(self) -> None:
+        """Read which implementation the config names now, or refuse it.
+
+        Raises
+        ------
+        ConfigError
+            If the implementation is not one whose masks are understood.
+        """
+        config = self.module.config
+        name = config._attn_implementation  # type: ignore[union-attr]
+        if name not in SERVED:
+            raise ConfigError(
+                f"attention dropout is served for {' and '.join(SERVED)}; the model uses {name!r} at "
+                f"{self.name!r}; load it with attn_implementation='sdpa'"
+            )
+        if getattr(config, "reorder_and_upcast_attn", False):
+            raise ConfigError(
+                f"attention dropout is not served with reorder_and_upcast_attn=True (at {self.name!r})"
+            )
+        self.road = name
+        if name == "eager":
+            self.function = sys.modules[type(self.module).__module__].eager_attention_forward
+        else:
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+            self.function = ALL_ATTENTION_FUNCTIONS[name]
+
+    def shadow(self, name: str) -> Any:
+        """Return a copy of the config that names our attention function and carries this object; the config
+        stays as it is.
+        """
+        copied = copy.copy(self.module.config)
+        copied.__dict__["_attn_implementation_internal"] = name
+        copied.__dict__["twodice_attending"] = self
+        return copied
 
 
 def attend(
@@ -93,7 +127,7 @@ def attend(
     Parameters
     ----------
     module : nn.Module
-        The attention module; its config is a `shadow`.
+        The attention module; its config is that of `Attending.shadow`.
     query : tensor (B, H, T, K)
         Queries; key and value are (B, H / G, S, K).
     attention_mask : tensor or None
@@ -107,10 +141,11 @@ def attend(
     tuple
         (B, T, H, K), and the weights after dropout (B, H, T, S).
     """
-    site: Site = module.config.twodice_site  # type: ignore[union-attr, assignment]
-    state = site.state
+    attending: Attending = module.config.twodice_attending  # type: ignore[union-attr, assignment]
+    site = attending.weights
+    assert site is not None
+    state = attending.state
     frame = state.frame
-    road: Road = state.road  # type: ignore[assignment]
     compiling = torch.compiler.is_compiling()
     if frame is None and module.training:
         state.lost(site.name)
@@ -119,7 +154,7 @@ def attend(
             frame.visits[site.index] += 1
         if is_causal is not None:
             rest["is_causal"] = is_causal
-        return road.function(  # type: ignore[no-any-return]
+        return attending.function(  # type: ignore[no-any-return, misc]
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
         )
     for name in REFUSED:
@@ -139,7 +174,7 @@ def attend(
     scores = scores.reshape(B, H, T, S)
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if road.name == "sdpa" and causal and T > 1:
+        if attending.road == "sdpa" and causal and T > 1:
             scores += _causal(frame, T, S, scores)
     elif attention_mask.dtype == torch.bool:
         # The lowest number and not minus infinity: a row without any key (padding) must not become NaN.
@@ -148,7 +183,7 @@ def attend(
         scores += attention_mask[..., :S]
     wide = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
     weights = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
-    weights = site.drop(frame, weights, key_positions=_key_positions(frame, T, S, site.name))
+    weights = site.drop(frame, weights, key_positions=_key_positions(frame, site.stack, T, S, site.name))
     if H != heads:
         out = torch.matmul(weights.reshape(B, heads, H // heads, T, S), value).reshape(
             B, H, T, value.shape[-1]
@@ -171,11 +206,11 @@ def _causal(frame: Frame, T: int, S: int, scores: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def _key_positions(frame: Frame, T: int, S: int, site: str) -> torch.Tensor | None:
+def _key_positions(frame: Frame, stack: str | None, T: int, S: int, site: str) -> torch.Tensor | None:
     """Positions (B, S) of the keys: those of the queries, and before them what a cache holds, one by one
     backwards.
     """
-    positions = frame.positions
+    positions = frame.positions.get(stack)
     if S == T:
         return positions
     if positions is None or S < T:

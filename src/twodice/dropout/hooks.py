@@ -19,72 +19,126 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from twodice.dropout import attention
 from twodice.dropout.plan import DropoutPlan, Entry
+from twodice.dropout.schedules import Schedule
 from twodice.dropout.sites import Inventory, Place, first_tensor
 from twodice.dropout.step import Frame, Snapshot, open_frame, set_rows, site_key
 from twodice.errors import ContractError, ShapeError
 from twodice.kernels.dropout import dropout
+from twodice.kernels.noise_form import UNIT, Noise
 from twodice.random.keys import Key
 
 _ABSENT = object()
-_AXES = {"bc": 2, "btc": 3, "bhts": 4}
+_AXES = {"bc": 2, "btc": 3, "bhts": 4, "tbc": 3, "nc": 2, "bct": 3, "bchw": 4}
 
 
 class Site:
-    """A place that drops: its name, its number in the snapshot, and its keys."""
+    """A place that drops: its name, its number in the snapshot, its schedule, its noise and its keys."""
 
-    def __init__(self, state: State, index: int, place: Place, entry: Entry) -> None:
+    def __init__(self, state: State, index: int, place: Place, entry: Entry, schedule: Schedule) -> None:
         self.state = state
         self.index = index
         self.name = place.name
         self.layout = place.layout
         self.kind = place.kind
         self.layer = place.layer
+        self.stack = place.stack
         self.entry = entry
+        self.schedule = schedule
+        self.noise = place.extra.get("noise", entry.form)
 
-    def drop(self, frame: Frame, x: torch.Tensor, key_positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `x` with the units dropped that the frame's step names at this site."""
+    def enter(self, frame: Frame) -> tuple[int | torch.Tensor, int | torch.Tensor, Key]:
+        """Count a visit; return its threshold, the step and its key (tensors under the compiler)."""
         snapshot, index = frame.snapshot, self.index
         visit = frame.visits[index]
         frame.visits[index] = visit + 1
-        rate: int | torch.Tensor
-        step: int | torch.Tensor
-        if torch.compiler.is_compiling():
-            # Tensors, so that a schedule never recompiles.
-            rate, step = snapshot.rates[index], snapshot.step_tensor
-        else:
-            rate, step = snapshot.thresholds[index], snapshot.step
-            if rate == 0:
-                return x
-        layout = self.layout
-        if layout is None:
-            layout = {2: "bc", 3: "btc"}.get(x.dim())
-        if (
-            layout is None
-            or (frame.rows is not None and x.shape[0] != frame.rows)
-            or x.dim() != _AXES[layout]
-        ):
-            self.misfit(frame, x)
-        positions = frame.positions
-        if positions is not None:
-            if layout == "bc":
-                positions = None
-            elif positions.shape[1] != (x.shape[2] if layout == "bhts" else x.shape[1]):
-                raise ShapeError(
-                    f"positions must be (B, T) with the T of the tensor at site {self.name!r}, whose shape "
-                    "is "
-                    f"{tuple(x.shape)}; got {tuple(positions.shape)}"
-                )
         key = (
             self.state.keys_of(snapshot.draw)[index]
             if visit == 0
             else self.state.key_of(index, snapshot.draw, visit)
         )
+        if torch.compiler.is_compiling():
+            # Tensors, so that a schedule never recompiles.
+            return snapshot.rates[index], snapshot.step_tensor, key
+        return snapshot.thresholds[index], snapshot.step, key
+
+    def drop(
+        self,
+        frame: Frame,
+        x: torch.Tensor,
+        key_positions: torch.Tensor | None = None,
+        *,
+        positions: torch.Tensor | None = None,
+        noise: Noise | None = None,
+        examples: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return `x` with the units dropped that the frame's step names at this site.
+
+        `positions`, `noise` and `examples` stand in for those of the frame and the site where a kind has its
+        own.
+        """
+        rate, step, key = self.enter(frame)
+        if isinstance(rate, int) and rate == 0:
+            return x
+        layout = self.layout
+        if layout is None:
+            layout = {2: "bc", 3: "btc"}.get(x.dim())
+        if layout is None or x.dim() != _AXES[layout]:
+            self.misfit(frame, x)
+        rows = frame.rows
+        if rows is not None and layout != "nc" and x.shape[layout == "tbc"] != rows:
+            self.misfit(frame, x)
+        if examples is None:
+            examples = frame.snapshot.examples
+        if positions is None:
+            positions = frame.positions.get(self.stack)
+        if layout == "nc":
+            if rows is None or x.shape[0] % rows:
+                self.misfit(frame, x)
+            length = x.shape[0] // rows
+            if positions is None:
+                positions = torch.arange(length, device=x.device)[None]
+            positions = positions.expand(rows, length)
+            if examples is None:
+                examples = torch.arange(rows, device=x.device)
+            if examples.dim() == 1:
+                examples = examples[:, None].expand(rows, length)
+        elif positions is not None:
+            if layout == "bc":
+                positions = None
+            else:
+                T = x.shape[{"bhts": 2, "tbc": 0, "bct": 2}.get(layout, 1)]
+                if positions.shape[1] != T and layout != "bchw":
+                    raise ShapeError(
+                        f"positions must be (B, T) with the T of the tensor at site {self.name!r}, whose "
+                        f"shape is {tuple(x.shape)}; got {tuple(positions.shape)}"
+                    )
+        if noise is None:
+            noise = self.noise
+        if noise != UNIT:
+            from twodice.kernels.noise import noisy
+
+            return noisy(
+                x, rate, key, step, noise=noise,
+                examples=examples, positions=positions, key_positions=key_positions, layout=layout,
+            )  # fmt: skip
         return dropout(
             x, rate, key, step,
-            examples=snapshot.examples, positions=positions, key_positions=key_positions, layout=layout,
+            examples=examples, positions=positions, key_positions=key_positions, layout=layout,
         )  # fmt: skip
+
+    def apply(self, frame: Frame, x: torch.Tensor) -> torch.Tensor:
+        """Drop in a module's input or output; a kind may say here what one decision counts for."""
+        return self.drop(frame, x)
+
+    def apply_weight(self, frame: Frame, weight: torch.Tensor, turned: bool) -> torch.Tensor:
+        """Return a weight (output units, input units), or turned, with entries dropped."""
+        rate, step, key = self.enter(frame)
+        if isinstance(rate, int) and rate == 0:
+            return weight
+        if turned:
+            return dropout(weight.t(), rate, key, step, layout="bc").t()
+        return dropout(weight.flatten(1), rate, key, step, layout="bc").view_as(weight)
 
     def misfit(self, frame: Frame, x: torch.Tensor) -> NoReturn:
         """Say what shape came to this site and what must have come."""
@@ -115,16 +169,17 @@ class State:
         self.spoken: set[str] = set()
         self.snapshot: Snapshot | None = None
         self.frame: Frame | None = None
-        self.road: attention.Road | None = None
         self.keys: dict[int, tuple[Key, ...]] = {}
+        #: Validation losses by rising step, for schedules that follow them.
+        self.losses: list[tuple[int, float]] = []
         self.attached = True
         #: What is changed while a step runs: (mapping, name, value inside), and the same for hooks of the
         #: step alone.
         self.switches: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
         self.saved: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
         self.layers: list[dict[str, Any]] = []
-        self.config: Any = None
-        self.eager: Callable[..., Any] | None = None
+        #: Called when a step begins.
+        self.preparations: list[Callable[[], None]] = []
 
     def keys_of(self, draw: int) -> tuple[Key, ...]:
         """The keys of all sites at their first visit."""
@@ -152,9 +207,8 @@ class State:
         """
         saved = self.saved
         assert not saved
-        if self.config is not None:
-            assert self.eager is not None
-            self.road = attention.road_of(self.config, self.eager, self.model_name)
+        for prepare in self.preparations:
+            prepare()
         for mapping, name, value in self.switches:
             saved.append((mapping, name, mapping.get(name, _ABSENT)))
             mapping[name] = value
@@ -266,10 +320,11 @@ class Hook:
 
 
 class Reader:
-    """Reads the rows and the positions of a forward of a language model from its arguments."""
+    """Reads the rows and the positions of a forward of one stack from its arguments."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], stack: str | None = None) -> None:
         self.names = names
+        self.stack = stack
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The argument of that name, given by name or by place; None where there is none."""
@@ -284,19 +339,24 @@ class Reader:
         if tokens is None:
             tokens = self.argument("inputs_embeds", args, kwargs)
         if tokens is None:
+            tokens = first_tensor(args, kwargs)
+            if tokens is not None and tokens.dim() > 0:
+                set_rows(frame, tokens.shape[0])
             return
         set_rows(frame, tokens.shape[0])
-        if frame.snapshot.positions is not None:
+        if self.stack in frame.positions:
             return
         positions = self.argument("position_ids", args, kwargs)
         if positions is not None:
-            frame.positions = positions if positions.dim() == 2 else positions[None]
+            frame.positions[self.stack] = positions if positions.dim() == 2 else positions[None]
             return
         cache = self.argument("past_key_values", args, kwargs)
-        past = 0 if cache is None else cache.get_seq_length()
-        # None means 0 .. T-1; with a cache the positions stay absolute.
+        past = 0 if cache is None else int(cache.get_seq_length())
+        # Nothing means 0 .. T-1; with a cache the positions stay absolute.
         if past:
-            frame.positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+            frame.positions[self.stack] = torch.arange(past, past + tokens.shape[1], device=tokens.device)[
+                None
+            ]
 
 
 class RootHook(Hook):
@@ -386,7 +446,7 @@ class InputHook(Hook):
             raise ShapeError(
                 f"the tensor at site {self.site.name!r} must be the first argument by place; got none"
             )
-        return self.site.drop(frame, args[0]), *args[1:]
+        return self.site.apply(frame, args[0]), *args[1:]
 
 
 class OutputHook(Hook):
@@ -403,8 +463,8 @@ class OutputHook(Hook):
         if frame is None:
             self.state.lost(self.site.name)
         if isinstance(output, tuple):
-            return self.site.drop(frame, output[0]), *output[1:]
-        return self.site.drop(frame, output)
+            return self.site.apply(frame, output[0]), *output[1:]
+        return self.site.apply(frame, output)
 
 
 def _generating() -> bool:

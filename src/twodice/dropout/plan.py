@@ -1,7 +1,7 @@
 """What is dropped where, how much and when: the plan, its text and its checks. Knows no model and no tensor.
 
-A plan's text is a list of ``kind[.place][layers]=rate``: ``embedding=0.1, residual.mlp[0:6]=early(0.1,
-0.3)``.
+A plan's text is a list of ``kind[.place][layers][:noise]=rate``: ``embedding=0.1, residual.mlp[0:6]:feature=
+early(0.1, 0.3)``.
 """
 
 from __future__ import annotations
@@ -13,21 +13,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twodice.dropout.schedules import Constant, Schedule, parse_schedule
+from twodice.dropout.schedules import Constant, Depth, Listed, Schedule, parse_schedule, split
 from twodice.errors import ConfigError, nearest
+from twodice.kernels.noise_form import UNIT, Noise
 
-#: kind -> (places that may narrow it, whether layers may). None as places: a path of modules.
-KINDS: dict[str, tuple[tuple[str, ...] | None, bool]] = {
-    "embedding": ((), False),
-    "attention": ((), True),
-    "residual": (("attention", "mlp"), True),
-    "activation": ((), True),
-    "output": ((), False),
-    "dropout": (None, False),
+
+@dataclass(frozen=True)
+class Kind:
+    """What a plan may say of a kind.
+
+    Attributes
+    ----------
+    places : tuple of str or None
+        Parts of a block that may narrow it; None: a path of modules.
+    layered : bool
+        Whether its sites belong to layers.
+    noises : tuple of str
+        Words of noise that it takes besides its own; ``any`` stands for all that `Noise` knows.
+    cuts : bool
+        Whether a constant rate of 1 would cut the model in two for the whole run, and so is an error.
+    """
+
+    places: tuple[str, ...] | None = ()
+    layered: bool = False
+    noises: tuple[str, ...] = ()
+    cuts: bool = False
+
+
+ANY = ("any",)
+SUBLAYERS = ("attention", "cross", "mlp")
+STACKS = ("encoder", "decoder")
+KINDS: dict[str, Kind] = {
+    "embedding": Kind(noises=ANY),
+    "token": Kind(),
+    "word": Kind(),
+    "attention": Kind(("self", "cross"), layered=True),
+    "key": Kind(("self", "cross"), layered=True),
+    "head": Kind(("self", "cross"), layered=True),
+    "residual": Kind(SUBLAYERS, layered=True, noises=ANY, cuts=True),
+    "activation": Kind(layered=True, noises=ANY),
+    "skip": Kind(SUBLAYERS, layered=True, noises=ANY, cuts=True),
+    "layer": Kind(layered=True, noises=("example", "batch")),
+    "output": Kind(noises=ANY),
+    "weight": Kind(None, noises=("tied",)),
+    "dropout": Kind(None, noises=ANY),
 }
-UNBUILT = ("key", "head", "skip", "layer", "token", "word", "weight")
 
-_TARGET = re.compile(r"\s*([A-Za-z_]\w*)((?:\.\w+)*)\s*(?:\[([^\]]*)\])?\s*")
+_TARGET = re.compile(r"\s*([A-Za-z_]\w*)((?:\.\w+)*)\s*(?:\[([^\]]*)\])?\s*(?::(.*))?\s*", re.DOTALL)
 _LAYERS = re.compile(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*")
 
 
@@ -68,55 +100,106 @@ class Layers:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a plan: a kind, narrowed by place and layers where that is said, and its schedule.
+    """One entry of a plan: a kind, narrowed by place and layers where that is said, its schedule and its
+    noise.
 
     Parameters
     ----------
     kind : str
-        One of ``embedding``, ``attention``, ``residual``, ``activation``, ``output``, ``dropout``.
+        One of `KINDS`.
     schedule : Schedule
         The rate in time.
     place : str or None
-        ``attention`` or ``mlp`` for ``residual``; a path of modules for ``dropout``; None means everywhere.
+        Words of the kind's parts and of ``encoder`` and ``decoder``, joined by points
+        (``decoder.cross``); a path of modules for ``dropout`` and ``weight``; None means everywhere.
     layers : Layers or None
         None means every layer.
+    noise : str
+        What is drawn: ``unit`` (neutral), ``feature``, ``block(N)``, ``gaussian``, joined with ``+``;
+        ``example`` (neutral) or ``batch`` for ``layer``; ``tied`` lets ``weight`` reach tied weights.
     """
 
     kind: str
     schedule: Schedule
     place: str | None = None
     layers: Layers | None = None
+    noise: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind in UNBUILT:
-            raise ConfigError(f"the kind {self.kind!r} is not built yet; there are {', '.join(KINDS)}")
         if self.kind not in KINDS:
             raise ConfigError(
                 f"a kind must be one of {', '.join(KINDS)}; got {self.kind!r}{nearest(self.kind, KINDS)}"
             )
-        places, layered = KINDS[self.kind]
-        if self.place is not None and places is not None and self.place not in places:
-            if not places:
-                raise ConfigError(
-                    f"{self.kind!r} has no places to narrow it to; got {self.target!r}; write {self.kind!r}"
-                )
-            raise ConfigError(
-                f"{self.kind!r} may be narrowed to {' or '.join(places)}; got "
-                f"{self.place!r}{nearest(self.place, places)}"
-            )
-        if self.layers is not None and not layered:
+        kind = KINDS[self.kind]
+        if self.place is not None and kind.places is not None:
+            self._check_place(kind.places)
+        if self.layers is not None and not kind.layered:
             raise ConfigError(
                 f"{self.kind!r} does not belong to a layer; got {self.target!r}; leave the brackets out"
             )
-        if self.kind == "residual" and self.schedule == Constant(1):
+        object.__setattr__(self, "noise", self._checked_noise(kind))
+        if isinstance(self.schedule, Depth | Listed) and not kind.layered:
             raise ConfigError(
-                f"p must be below 1 at {self.target!r}, because all layers would be cut off for the whole "
-                "run; got 1"
+                f"{self.kind!r} does not belong to a layer, so its rate has no profile over layers; got "
+                f"{str(self.schedule)!r}"
             )
+        rates = self.schedule.each if isinstance(self.schedule, Listed) else (self.schedule,)
+        if Constant(1) in rates and (kind.cuts or self.form.form == "gaussian"):
+            why = (
+                "all layers would be cut off for the whole run"
+                if kind.cuts
+                else "Gaussian noise has no limit there"
+            )
+            raise ConfigError(f"p must be below 1 at {self.target!r}, because {why}; got 1")
+
+    def _check_place(self, places: tuple[str, ...]) -> None:
+        words = [] if self.place is None else self.place.split(".")
+        known = (*places, *STACKS)
+        for word in words:
+            if word in known:
+                continue
+            if not places:
+                raise ConfigError(
+                    f"{self.kind!r} has no places to narrow it to but {' and '.join(STACKS)}; got "
+                    f"{self.target!r}; write {self.kind!r}"
+                )
+            raise ConfigError(
+                f"{self.kind!r} may be narrowed to {', '.join(known)}; got {word!r}{nearest(word, known)}"
+            )
+        if sum(word in places for word in words) > 1 or sum(word in STACKS for word in words) > 1:
+            raise ConfigError(f"a place names one part and one stack at most; got {self.target!r}")
+        object.__setattr__(self, "place", ".".join(sorted(words, key=lambda word: word not in STACKS)))
+
+    def _checked_noise(self, kind: Kind) -> str:
+        said = self.noise.strip()
+        if not said:
+            return ""
+        if kind.noises == ANY:
+            text = str(Noise.parse(said))
+            return "" if text == "unit" else text
+        if said not in kind.noises:
+            takes = " or ".join(kind.noises) if kind.noises else "no noise of another form"
+            raise ConfigError(f"{self.kind!r} takes {takes}; got {said!r} at {self.target!r}")
+        return "" if said == "example" else said
+
+    @property
+    def form(self) -> Noise:
+        """The noise that is drawn at each unit of the site's tensor."""
+        return Noise.parse(self.noise or "unit") if KINDS[self.kind].noises == ANY else UNIT
+
+    @property
+    def part(self) -> str | None:
+        """The part of a block that the place names."""
+        return next((word for word in (self.place or "").split(".") if word and word not in STACKS), None)
+
+    @property
+    def stack(self) -> str | None:
+        """The stack that the place names."""
+        return next((word for word in (self.place or "").split(".") if word in STACKS), None)
 
     @property
     def target(self) -> str:
-        """What the entry speaks of: the text before the equals sign."""
+        """What the entry speaks of: the text before the equals sign, without the noise."""
         place = "" if self.place is None else f".{self.place}"
         return f"{self.kind}{place}{'' if self.layers is None else self.layers}"
 
@@ -124,16 +207,21 @@ class Entry:
         """Whether both speak of one site, as far as can be told without a model."""
         if self.kind != other.kind:
             return False
-        if self.place is not None and other.place is not None and self.place != other.place:
-            a, b = f"{self.place}.", f"{other.place}."
-            if KINDS[self.kind][0] is not None or not (a.startswith(b) or b.startswith(a)):
-                return False
+        if KINDS[self.kind].places is None:
+            if self.place is not None and other.place is not None:
+                a, b = f"{self.place}.", f"{other.place}."
+                if not (a.startswith(b) or b.startswith(a)):
+                    return False
+        else:
+            for mine, theirs in ((self.part, other.part), (self.stack, other.stack)):
+                if mine is not None and theirs is not None and mine != theirs:
+                    return False
         if self.layers is None or other.layers is None:
             return True
         return self.layers.meets(other.layers)
 
     def __str__(self) -> str:
-        return f"{self.target}={self.schedule}"
+        return f"{self.target}{f':{self.noise}' if self.noise else ''}={self.schedule}"
 
 
 @dataclass(frozen=True)
@@ -182,7 +270,7 @@ class DropoutPlan:
         ------
         ConfigError
             An unknown kind, place or schedule (the nearest is named); a rate outside [0, 1] or NaN; a rate
-            that rounds to 0 or 1 without being it; entries that overlap; a kind that is not built yet.
+            that rounds to 0 or 1 without being it; entries that overlap; a noise that the kind does not take.
         """
         if isinstance(source, DropoutPlan):
             return source
@@ -195,7 +283,7 @@ class DropoutPlan:
         if source.strip().lower() in ("", "none"):
             return cls()
         entries = []
-        for part in _split(source):
+        for part in split(source):
             target, equals, rate = part.partition("=")
             if not equals or not target.strip() or not rate.strip():
                 raise ConfigError(
@@ -220,21 +308,6 @@ def _layer_order(entry: Entry) -> int:
     return -1 if entry.layers is None or entry.layers.start is None else entry.layers.start
 
 
-def _split(text: str) -> list[str]:
-    """The entries of a text: split at commas that stand in no brackets; one comma at the end is forgiven."""
-    parts, depth, start = [], 0, 0
-    for place, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
-        if depth < 0:
-            break
-        if letter == "," and depth == 0:
-            parts.append(text[start:place])
-            start = place + 1
-    if depth != 0:
-        raise ConfigError(f"brackets must close; got {text!r}")
-    return [*parts, text[start:]] if text[start:].strip() else parts
-
-
 def _entry(target: str, rate: Any) -> Entry:
     match = _TARGET.fullmatch(target)
     if match is None:
@@ -242,13 +315,15 @@ def _entry(target: str, rate: Any) -> Entry:
             f"a target must read kind[.place][layers], such as residual.mlp[0:6]; got {target.strip()!r}"
         )
     kind, place, layers = match[1], match[2][1:] if match[2] else None, match[3]
+    noise = match[4] or ""
     # The name is checked before the rate, so that a misspelt kind is not reported as a bad rate.
-    entry = Entry(kind, Constant(0.0), place, None if layers is None else _layers(layers, target.strip()))
+    span = None if layers is None else _layers(layers, target.strip())
+    Entry(kind, Constant(0.0), place, span, noise)
     try:
         schedule = parse_schedule(rate)
     except ConfigError as error:
         raise ConfigError(f"{error} (at {target.strip()!r})") from None
-    return Entry(kind, schedule, entry.place, entry.layers)
+    return Entry(kind, schedule, place, span, noise)
 
 
 def _layers(text: str, target: str) -> Layers:

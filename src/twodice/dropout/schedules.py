@@ -1,247 +1,191 @@
-"""Rates in time: how the rate of an entry of a plan follows from the step, and from nothing else.
+"""A plan's schedules: rates in time (`rates`), profiles over the layers, and the text of both.
 
-Holds the schedules, their text and the rounding of a rate to the threshold that is in force. Knows neither
-models nor tensors. Steps are counted from 0; a run of `total_steps` has the steps 0 to ``total_steps - 1``. A
-point in time is a whole number of steps, or a fraction of the run in [0, 1] written with a point: ``1`` is
-one step, ``1.0`` the whole run.
+Holds what grows with depth, the table of words and the parser. Knows neither models nor tensors.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import floor
 
+from twodice.dropout.rates import (
+    Constant,
+    Cosine,
+    Early,
+    Exponential,
+    Late,
+    Linear,
+    Losses,
+    Plateau,
+    Schedule,
+    Triangle,
+    threshold,
+)
 from twodice.errors import ConfigError, nearest
-
-LANES = 65536
-SMALLEST = 2.0**-17
-UNBUILT = ("cosine", "exponential", "triangle", "plateau")
 
 _CALL = re.compile(r"([A-Za-z_]\w*)\s*\((.*)\)", re.DOTALL)
 _WHOLE = re.compile(r"[+-]?\d+")
 
-
-def threshold(rate: float) -> int:
-    """Return ``t = round(rate * 65536)`` in [0, 65536]: a unit is dropped iff its 16-bit lane is below t."""
-    return round(rate * LANES)
-
-
-def _rate(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{what} must be a number in [0, 1]; got {value!r}")
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{what} must be in [0, 1]; got {value!r}")
-    return float(value)
-
-
-def _moment(value: object, what: str) -> int | float:
-    """A point in time: whole steps (int, >= 0) or a fraction of the run (float in [0, 1])."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(
-            f"{what} must be a fraction of the run in [0, 1] or a whole number of steps; got {value!r}"
-        )
-    if isinstance(value, int):
-        if value < 0:
-            raise ConfigError(f"{what} must be 0 steps or more; got {value}")
-        return value
-    if not 0 <= value <= 1:
-        raise ConfigError(
-            f"{what} must be a fraction of the run in [0, 1] (or a whole number of steps, without a point); "
-            f"got {value!r}"
-        )
-    return value
-
-
-def _steps(moment: int | float, total_steps: int | None) -> int:
-    """The moment as a number of steps; a fraction is rounded half up."""
-    if isinstance(moment, int):
-        return moment
-    if total_steps is None:
-        raise ConfigError(
-            "a fraction of the run needs total_steps; pass it to attach, or write whole steps in the plan"
-        )
-    return floor(moment * total_steps + 0.5)
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Depth",
+    "Early",
+    "Exponential",
+    "Late",
+    "Linear",
+    "Listed",
+    "Losses",
+    "Plateau",
+    "Schedule",
+    "Triangle",
+    "parse_schedule",
+    "threshold",
+]
 
 
 @dataclass(frozen=True)
-class Constant:
-    """The same rate at every step.
+class Depth(Schedule):
+    """From `first` in the first of the layers to `last` in the last, in a straight line: ``depth(0.0, 0.2)``.
+
+    Stochastic depth grows so (Huang et al. 2016, arXiv 1603.09382, section 3: the first layer at 1/L, here at
+    `first`). Both ends may be schedules in time: ``depth(0.0, linear(0.2, 0.0))`` falls in time and rises in
+    depth, as in Elhoushi et al. 2026 (arXiv 2609.05275).
 
     Parameters
     ----------
-    p : float
-        Probability of dropping, in [0, 1]. Written as a bare number: ``0.1``.
+    first, last : Schedule
+        Of the first and the last layer that the entry speaks of; one layer alone takes `last`.
     """
 
-    p: float
+    first: Schedule
+    last: Schedule
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "p", _rate(self.p, "p"))
-        if 0 < self.p < SMALLEST or 1 - SMALLEST < self.p < 1:
-            end = 0 if self.p < 0.5 else 1
+        object.__setattr__(self, "first", _in_time(self.first, "depth"))
+        object.__setattr__(self, "last", _in_time(self.last, "depth"))
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether `total_steps` must be known."""
+        return self.first.needs_total or self.last.needs_total
+
+    @property
+    def peak(self) -> float:
+        """The highest rate that can come."""
+        return max(self.first.peak, self.last.peak)
+
+    def at(self, index: int, count: int) -> Schedule:
+        """Return the schedule of one layer."""
+        share = 1.0 if count == 1 else index / (count - 1)
+        return self.first if share == 0 else self.last if share == 1 else _Mixed(self.first, self.last, share)
+
+    def __str__(self) -> str:
+        return f"depth({self.first}, {self.last})"
+
+
+@dataclass(frozen=True)
+class Listed(Schedule):
+    """A schedule for each layer: ``layers(0.0, 0.1, early(0.2, 0.5))``.
+
+    Parameters
+    ----------
+    each : tuple of Schedule
+        As many as the entry has layers.
+    """
+
+    each: tuple[Schedule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "each", tuple(_in_time(one, "layers") for one in self.each))
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether `total_steps` must be known."""
+        return any(one.needs_total for one in self.each)
+
+    @property
+    def peak(self) -> float:
+        """The highest rate that can come."""
+        return max(one.peak for one in self.each)
+
+    def at(self, index: int, count: int) -> Schedule:
+        """Return the schedule of one layer."""
+        if count != len(self.each):
             raise ConfigError(
-                f"a constant p must be 0, 1 or in [2^-17, 1 - 2^-17], because rates are counted in 1/65536; "
-                f"got {self.p!r}; write {end}"
+                f"layers(...) must have one rate for each of the {count} layers; got {len(self.each)} in "
+                f"{str(self)!r}"
             )
-
-    @property
-    def needs_total(self) -> bool:
-        """False: the rate never depends on the length of the run."""
-        return False
-
-    @property
-    def peak(self) -> float:
-        """The highest rate that can come."""
-        return self.p
-
-    def rate(self, step: int, total_steps: int | None = None) -> float:
-        """Return the rate at `step`, in [0, 1]."""
-        return self.p
+        return self.each[index]
 
     def __str__(self) -> str:
-        return repr(self.p)
+        return f"layers({', '.join(map(str, self.each))})"
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A straight line from `first` at step 0 to `last`, and `last` from there on: ``linear(0.2, 0.0)``.
+class _Mixed(Schedule):
+    """What `Depth` makes of a layer in the middle: ``first * (1 - share) + last * share`` at every step."""
 
-    Parameters
-    ----------
-    first, last : float
-        Rates in [0, 1].
-    until : int, float or None
-        The step at which `last` is reached (whole steps, or a fraction of the run); None means the last step
-        of the run.
-    """
-
-    first: float
-    last: float
-    until: int | float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "first", _rate(self.first, "the first rate of linear"))
-        object.__setattr__(self, "last", _rate(self.last, "the last rate of linear"))
-        if self.until is not None:
-            object.__setattr__(self, "until", _moment(self.until, "the end of linear"))
+    first: Schedule
+    last: Schedule
+    share: float
 
     @property
     def needs_total(self) -> bool:
         """Whether `total_steps` must be known."""
-        return not isinstance(self.until, int)
+        return self.first.needs_total or self.last.needs_total
 
     @property
     def peak(self) -> float:
-        """The highest rate that can come."""
-        return max(self.first, self.last)
+        """The highest rate that can come: never more than the mixture of both peaks."""
+        return self.first.peak * (1 - self.share) + self.last.peak * self.share
 
-    def rate(self, step: int, total_steps: int | None = None) -> float:
+    def rate(self, step: int, total_steps: int | None = None, losses: Losses = ()) -> float:
         """Return the rate at `step`, in [0, 1]."""
-        if self.until is None:
-            if total_steps is None:
-                raise ConfigError(
-                    "linear(first, last) needs total_steps; pass it to attach, or write linear(first, "
-                    "last, steps)"
-                )
-            end = total_steps - 1
-        else:
-            end = _steps(self.until, total_steps)
-        if step >= end:
-            # A run of one step has only its first rate to give.
-            return self.first if self.until is None and step <= 0 else self.last
-        return self.first + (self.last - self.first) * (step / end)
+        first, last = self.first.rate(step, total_steps, losses), self.last.rate(step, total_steps, losses)
+        return first * (1 - self.share) + last * self.share
 
     def __str__(self) -> str:
-        tail = "" if self.until is None else f", {self.until!r}"
-        return f"linear({self.first!r}, {self.last!r}{tail})"
+        if isinstance(self.first, Constant) and isinstance(self.last, Constant):
+            return f"{self.peak:.6g}"
+        return f"{1 - self.share:.3g} x {self.first} + {self.share:.3g} x {self.last}"
 
 
-@dataclass(frozen=True)
-class Early:
-    """`p` before the moment `until`, 0 from there on: ``early(0.1, 0.3)``.
-
-    Liu et al. 2023, "Dropout Reduces Underfitting" (arXiv 2303.01500), section 4: dropout in the first phase
-    makes the gradients point the same way. They let the rate also fall linearly within the phase; here it is
-    constant.
-
-    Parameters
-    ----------
-    p : float
-        Rate in [0, 1].
-    until : int or float
-        Whole steps, or a fraction of the run (rounded half up to a step).
-    """
-
-    p: float
-    until: int | float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "p", _rate(self.p, "the rate of early"))
-        object.__setattr__(self, "until", _moment(self.until, "the end of early"))
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether `total_steps` must be known."""
-        return not isinstance(self.until, int)
-
-    @property
-    def peak(self) -> float:
-        """The highest rate that can come."""
-        return self.p
-
-    def rate(self, step: int, total_steps: int | None = None) -> float:
-        """Return the rate at `step`, in [0, 1]."""
-        return self.p if step < _steps(self.until, total_steps) else 0.0
-
-    def __str__(self) -> str:
-        return f"early({self.p!r}, {self.until!r})"
+def _in_time(one: object, where: str) -> Schedule:
+    schedule = parse_schedule(one)
+    if isinstance(schedule, Depth | Listed):
+        raise ConfigError(f"{where} takes rates and schedules in time; got {str(schedule)!r} inside it")
+    return schedule
 
 
-@dataclass(frozen=True)
-class Late:
-    """0 before the moment `start`, `p` from there on: ``late(0.1, 0.5)`` (Liu et al. 2023, section 5).
-
-    Parameters
-    ----------
-    p : float
-        Rate in [0, 1].
-    start : int or float
-        Whole steps, or a fraction of the run (rounded half up to a step).
-    """
-
-    p: float
-    start: int | float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "p", _rate(self.p, "the rate of late"))
-        object.__setattr__(self, "start", _moment(self.start, "the start of late"))
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether `total_steps` must be known."""
-        return not isinstance(self.start, int)
-
-    @property
-    def peak(self) -> float:
-        """The highest rate that can come."""
-        return self.p
-
-    def rate(self, step: int, total_steps: int | None = None) -> float:
-        """Return the rate at `step`, in [0, 1]."""
-        return self.p if step >= _steps(self.start, total_steps) else 0.0
-
-    def __str__(self) -> str:
-        return f"late({self.p!r}, {self.start!r})"
-
-
-Schedule = Constant | Linear | Early | Late
+#: word -> (class, fewest and most arguments).
 SCHEDULES: dict[str, tuple[type[Schedule], int, int]] = {
     "constant": (Constant, 1, 1),
     "linear": (Linear, 2, 3),
+    "cosine": (Cosine, 2, 3),
+    "exponential": (Exponential, 2, 3),
+    "triangle": (Triangle, 2, 3),
     "early": (Early, 2, 2),
     "late": (Late, 2, 2),
+    "plateau": (Plateau, 2, 4),
+    "depth": (Depth, 2, 2),
+    "layers": (Listed, 1, 1024),
 }
+
+
+def split(text: str) -> list[str]:
+    """The parts of a text: split at commas that stand in no brackets; one comma at the end is forgiven."""
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
+    if depth != 0:
+        raise ConfigError(f"brackets must close; got {text!r}")
+    return [*parts, text[start:]] if text[start:].strip() else parts
 
 
 def _number(text: str) -> int | float:
@@ -262,7 +206,7 @@ def parse_schedule(value: object) -> Schedule:
     ConfigError
         An unknown name (the nearest is said), a wrong number of arguments, a rate outside [0, 1], NaN.
     """
-    if isinstance(value, Constant | Linear | Early | Late):
+    if isinstance(value, Schedule):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Constant(value)
@@ -284,15 +228,17 @@ def parse_schedule(value: object) -> Schedule:
                     f"{text!r}"
                 ) from None
             raise
-    name, arguments = call[1], [part for part in call[2].split(",") if part.strip()]
-    if name in UNBUILT:
-        raise ConfigError(f"the schedule {name!r} is not built yet; there are {', '.join(SCHEDULES)}")
+    name, arguments = call[1], split(call[2])
     if name not in SCHEDULES:
         raise ConfigError(
             f"a schedule must be one of {', '.join(SCHEDULES)}; got {name!r}{nearest(name, SCHEDULES)}"
         )
     made, fewest, most = SCHEDULES[name]
     if not fewest <= len(arguments) <= most:
-        wanted = str(fewest) if fewest == most else f"{fewest} or {most}"
+        wanted = str(fewest) if fewest == most else f"{fewest} {'or' if most == fewest + 1 else 'to'} {most}"
         raise ConfigError(f"{name} takes {wanted} numbers; got {len(arguments)} in {text!r}")
+    if made is Listed:
+        return Listed(tuple(parse_schedule(a) for a in arguments))
+    if made is Depth:
+        return Depth(parse_schedule(arguments[0]), parse_schedule(arguments[1]))
     return made(*(_number(a) for a in arguments))

@@ -137,6 +137,8 @@ class Place:
     module: nn.Module
     tensor: str
     layout: str | None
+    stack: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,9 @@ class Snapshot:
         The step in [0, 2^32), and which draw of masks within it.
     examples : int64 tensor (B,) or (B, T), or None
         Slots in the global batch.
-    positions : int64 tensor (B, T) or (1, T), or None
-        Positions that the caller gave.
+    positions : dict
+        Positions that the caller gave: stack (None, ``encoder`` or ``decoder``) -> int64 tensor (B, T) or
+        (1, T).
     thresholds : tuple of int
         One for each site, in [0, 65536].
     rates : int64 tensor
@@ -44,7 +45,7 @@ class Snapshot:
     step: int
     draw: int
     examples: torch.Tensor | None
-    positions: torch.Tensor | None
+    positions: dict[str | None, torch.Tensor]
     thresholds: tuple[int, ...]
     rates: torch.Tensor
     step_tensor: torch.Tensor
@@ -82,18 +83,24 @@ class Frame:
         The step.
     rows : int or None
         B of this forward, where it is known.
-    positions : int64 tensor (B, T) or (1, T), or None
-        None means 0 .. T-1.
+    positions : dict
+        Stack -> int64 tensor (B, T) or (1, T); a stack that is not there has 0 .. T-1.
     visits : list of int
         How often each site was visited so far.
+    streams : dict
+        What a site has seen of the residual stream and will need: number of the site -> tensor.
     again : bool
         Whether this is a recomputation.
     """
 
-    __slots__ = ("again", "causal", "positions", "rows", "snapshot", "visits")
+    __slots__ = ("again", "causal", "positions", "rows", "snapshot", "streams", "visits")
 
     def __init__(
-        self, snapshot: Snapshot, rows: int | None, positions: torch.Tensor | None, visits: list[int]
+        self,
+        snapshot: Snapshot,
+        rows: int | None,
+        positions: dict[str | None, torch.Tensor],
+        visits: list[int],
     ) -> None:
         self.snapshot = snapshot
         self.rows = rows
@@ -101,10 +108,11 @@ class Frame:
         self.visits = visits
         self.again = False
         self.causal: dict[Any, torch.Tensor] = {}
+        self.streams: dict[int, torch.Tensor] = {}
 
     def repeated(self, visits: tuple[int, ...]) -> Frame:
         """Return the frame in which a part of this forward is computed again."""
-        frame = Frame(self.snapshot, self.rows, self.positions, list(visits))
+        frame = Frame(self.snapshot, self.rows, dict(self.positions), list(visits))
         frame.again = True
         return frame
 
@@ -127,7 +135,7 @@ def open_frame(snapshot: Snapshot, rows: int | None, sites: int) -> Frame:
                 f"enter it with examples={FORMULA}"
             )
         snapshot.forwards += 1
-    frame = Frame(snapshot, None, snapshot.positions, [0] * sites)
+    frame = Frame(snapshot, None, dict(snapshot.positions), [0] * sites)
     if rows is not None:
         set_rows(frame, rows)
     return frame

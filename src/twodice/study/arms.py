@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twodice.dropout.plan import KINDS, UNBUILT, DropoutPlan
+from twodice.dropout.plan import KINDS, DropoutPlan
 from twodice.errors import ConfigError, nearest
 from twodice.training.config import TrainConfig, full_name, setting_names, with_setting, with_value
 
@@ -126,10 +126,10 @@ def parse_arm(name: str, text: str, base: TrainConfig) -> Arm:
             key, equals, value = (piece.strip() for piece in part.partition("="))
             if not equals or not key or not value:
                 raise ConfigError(f"a part must read name=value, such as residual=0.1; got {part!r}")
-            word = re.split(r"[.\[]", key, maxsplit=1)[0]
+            word = re.split(r"[.\[:]", key, maxsplit=1)[0]
             if key == "dropout" and (value.lower() == "none" or "=" in value):
                 plan = value
-            elif word in KINDS or word in UNBUILT:
+            elif word in KINDS:
                 entries.append(part)
             else:
                 settings.append((_setting(key, part), value))

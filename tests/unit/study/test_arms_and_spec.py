@@ -56,7 +56,7 @@ def test_commas_between_entries_and_whole_plans_are_understood() -> None:
         ("optimizer.lr=-1", "greater than 0"),
         ("residual", "name=value"),
         ("dropout=none; residual=0.1", "not both"),
-        ("layer=0.1", "not built yet"),
+        ("layer:feature=0.1", "example or batch"),
     ],
 )
 def test_what_cannot_be_meant_is_said_with_the_arm_and_the_nearest_name(text: str, said: str) -> None:
@@ -122,10 +122,37 @@ def test_a_study_has_minutes_or_steps() -> None:
     assert make_spec(settings={}, arms=[], changes=["steps=30"]).minutes is None
     with pytest.raises(ConfigError, match="epochs"):
         make_spec(settings={"epochs": 2}, arms=[])
-    with pytest.raises(ConfigError, match="finite"):
+    with pytest.raises(ConfigError, match=r"minutes must be a number in \(0, inf\); got inf"):
         make_spec(settings={"minutes": float("inf")}, arms=[])
     with pytest.raises(ConfigError, match="minutes or steps, not both"):
         make_spec(settings={"minutes": 7}, arms=[], changes=["steps=30"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"temperature": [0.7, float("nan")]},
+            "sampling.temperature.1 must be a number in (0, inf); got nan",
+        ),
+        ({"temperature": [float("inf")]}, "sampling.temperature.0 must be a number in (0, inf); got inf"),
+        ({"temperature": 1.0}, "sampling.temperature must be a list, each a number in (0, inf); got 1.0"),
+        ({"top_k": [0]}, "sampling.top_k.0 must be an integer in [1, inf); got 0"),
+        ({"prompts": 2.5}, "sampling.prompts must be an integer in [2, inf); got 2.5"),
+        ({"prompt": 3}, "no setting 'sampling.prompt'; did you mean 'prompts'?"),
+        (7, "sampling must be a table; got 7"),
+    ],
+)
+def test_a_plan_of_sampling_that_cannot_be_meant_is_said_in_one_line(asked: object, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_spec(settings={}, arms=[], sampling=asked)
+    assert str(error.value) == said
+
+
+def test_seeds_out_of_range_are_said_with_their_interval() -> None:
+    with pytest.raises(ConfigError) as error:
+        make_spec(settings={}, arms=[], seeds=0)
+    assert str(error.value) == "seeds must be an integer in [1, 1000]; got 0"
 
 
 def test_a_spec_file_says_what_flags_say(tmp_path: Path) -> None:

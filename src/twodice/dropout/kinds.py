@@ -1,0 +1,246 @@
+"""The kinds of dropout that need more than a tensor and a mask: tokens, words, heads, weights, layers, the
+skip path.
+
+Each is a site or a hook of its own; the plain ones (drop a module's input or output) are in `hooks`. Knows
+the frame and the site, not the plan.
+
+Letters: B rows, T positions, C columns, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from twodice.dropout.hooks import Hook, Site, State
+from twodice.dropout.step import Frame
+from twodice.errors import ConfigError, ShapeError
+from twodice.kernels.noise_form import Noise
+from twodice.random.draws import lanes
+
+
+class TokenSite(Site):
+    """Whole input tokens: one decision for each position of an example, for all columns at once.
+
+    The decision is that of column 0. Tokens that are dropped are zero at the input of the first layer and
+    the others are scaled; Gao et al. 2025 (arXiv 2510.04071) study it, without the scale, as token dropout.
+    """
+
+    def apply(self, frame: Frame, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` (B, T, C) with whole positions dropped."""
+        return self.drop(frame, x, noise=Noise(block=x.shape[-1]))
+
+
+class HeadSite(Site):
+    """Whole heads at the input of the output projection (DropHead: Zhou et al. 2020, arXiv 2004.13342).
+
+    One decision for each example and head, the same at every position. The paper rescales by the number of
+    heads that stayed; here, as everywhere, by 1 / (1 - p), so that the mean is exact.
+    """
+
+    heads: int
+
+    def apply(self, frame: Frame, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` (B, T, H * K) with whole heads dropped."""
+        width, rest = divmod(x.shape[-1], self.heads)
+        if rest:
+            raise ShapeError(
+                f"the tensor at site {self.name!r} must have a multiple of {self.heads} columns; got shape "
+                f"{tuple(x.shape)}"
+            )
+        return self.drop(frame, x, noise=Noise(locked=True, block=width))
+
+
+class LookupHook(Hook):
+    """After the lookup of the input tokens: drop whole word types, wherever they stand in an example.
+
+    Gal and Ghahramani 2016 (arXiv 1512.05287), section 4.2: the mask belongs to the word and not to the
+    place, so the position of a decision is the token's number. They draw one mask a sequence, as here;
+    AWD-LSTM (Merity et al. 2017) one a batch.
+    """
+
+    def __init__(self, state: State, site: Site) -> None:
+        super().__init__(state)
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if not module.training:
+            return None
+        frame = self.state.frame
+        if frame is None:
+            self.state.lost(self.site.name)
+        return self.site.drop(frame, output, positions=args[0], noise=Noise(block=output.shape[-1]))
+
+
+class WeightHook(Hook):
+    """Before a module: its weight with entries dropped, for this one call (DropConnect).
+
+    Wan et al. 2013: one mask for the batch. The example of a decision is the output unit, the column the
+    input unit. The dropped tensor stands in the module's ``__dict__``, where Python finds it before the
+    parameter; `WeightEnd` takes it away, so that state_dict and the optimizer never see it.
+    """
+
+    def __init__(self, state: State, site: Site, turned: bool) -> None:
+        super().__init__(state)
+        self.site = site
+        self.turned = turned
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not module.training:
+            return
+        frame = self.state.frame
+        if frame is None:
+            self.state.lost(self.site.name)
+        weight = module._parameters["weight"]
+        assert weight is not None
+        module.__dict__["weight"] = self.site.apply_weight(frame, weight, self.turned)
+
+
+class WeightEnd(Hook):
+    """After the module, also after an error: the parameter itself again."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        module.__dict__.pop("weight", None)
+
+
+class StreamHook(Hook):
+    """Before the module whose input is the residual stream: keep the stream for the skip site."""
+
+    def __init__(self, state: State, site: Site) -> None:
+        super().__init__(state)
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and self.state.frame is not None:
+            self.state.frame.streams[self.site.index] = _first(args, kwargs, self.site.name)
+
+
+class SkipHook(Hook):
+    """After a sublayer: the identity path beside it is dropped, the branch is not.
+
+    The reading of "Residual Dropout" (SIGUL 2024) as ``Dropout(x) + f(x)``; Vaswani et al. 2017 drop the
+    branch instead (kind `residual`). The model itself adds x later, so the branch is given ``f + (Dropout(x)
+    - x)``: the sum is right up to the rounding of one addition.
+    """
+
+    def __init__(self, state: State, site: Site) -> None:
+        super().__init__(state)
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not module.training:
+            return None
+        frame = self.state.frame
+        if frame is None:
+            self.state.lost(self.site.name)
+        stream = frame.streams.pop(self.site.index)
+        branch = output[0] if isinstance(output, tuple) else output
+        rest = self.site.drop(frame, stream)
+        if rest is stream:
+            return None
+        branch = branch + (rest - stream).view_as(branch)
+        return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+
+class LayerForward:
+    """Stands in for a block's forward while a step runs: stochastic depth.
+
+    Huang et al. 2016 (arXiv 1603.09382). `example`: what the block adds is dropped for whole examples, and
+    scaled for the others; all of it is computed. `batch`: one decision for the whole batch, a function of the
+    step alone, so that all ranks agree: a block that is dropped does not run, its parameters get gradients of
+    zero; one that stays is scaled. The paper scales at test time instead. Compiled code cannot leave a layer
+    out without being compiled anew, so there `batch` saves no time.
+    """
+
+    def __init__(
+        self, state: State, site: Site, module: nn.Module, batch: bool, forward: Callable[..., Any]
+    ) -> None:
+        self.state = state
+        self.site = site
+        self.module = module
+        self.batch = batch
+        self.forward = forward
+        self.form: type | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.module.training:
+            return self.forward(*args, **kwargs)
+        frame, site = self.state.frame, self.site
+        if frame is None:
+            self.state.lost(site.name)
+        x = _first(args, kwargs, site.name)
+        if self.batch and not torch.compiler.is_compiling():
+            index = site.index
+            visit = frame.visits[index]
+            rate, step, key = site.enter(frame)
+            frame.visits[index] = visit
+            if rate and is_dropped(int(rate), key.value, int(step)):
+                frame.visits[index] = visit + 1
+                return self.left_out(x, args, kwargs)
+        output = self.forward(*args, **kwargs)
+        whole = isinstance(output, tuple)
+        branch = (output[0] if whole else output) - x
+        shared = None
+        if self.batch:
+            shared = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        dropped = site.drop(
+            frame,
+            branch,
+            noise=Noise(locked=True, block=x.shape[-1]),
+            examples=shared,
+            positions=torch.zeros((1, x.shape[1]), dtype=torch.int64, device=x.device),
+        )
+        if dropped is branch:
+            return output
+        y = x + dropped
+        return (y, *output[1:]) if whole else y
+
+    def left_out(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the block returns when it adds nothing."""
+        if self.form is None:
+            # What a block returns is known only from a call; the first one left out is run once for that.
+            with torch.no_grad():
+                output = self.forward(*args, **kwargs)
+            if isinstance(output, tuple) and any(item is not None for item in output[1:]):
+                raise ConfigError(
+                    f"{self.site.name!r} cannot be left out for a whole batch, because its block returns "
+                    f"{len(output)} tensors, which later blocks may need; write layer=... (for each example) "
+                    "instead of layer:batch=..."
+                )
+            self.form = type(output)
+        y = _LeftOut.apply(x, *(p for p in self.module.parameters() if p.requires_grad))
+        return (y,) if self.form is tuple else y
+
+
+class _LeftOut(torch.autograd.Function):
+    """The identity on `x`, whose backward gives the parameters zeros instead of nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.parameters = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        zeros = [torch.zeros(shape, dtype=dtype, device=at) for shape, dtype, at in ctx.parameters]
+        return grad, *zeros
+
+
+def is_dropped(threshold: int, key: int, step: int) -> bool:
+    """Whether a layer is left out for the whole batch: the decision at example, position and column 0."""
+    zero = torch.zeros((), dtype=torch.int64)
+    return int(lanes(key, step, zero, zero, zero, zero)) < threshold
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> torch.Tensor:
+    """The hidden states that a block or a norm is given, by place or by name."""
+    found = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(found, torch.Tensor):
+        raise ShapeError(
+            f"the module at site {where!r} must be given its hidden states first or by the name "
+            f"hidden_states; got {[*map(type, args)]} and {[*kwargs]}"
+        )
+    return found
