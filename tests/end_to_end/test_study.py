@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,24 @@ def test_the_same_command_does_nothing_more_and_another_question_is_refused(
     assert other.returncode == 2 and "seeds: 2 there, 3 here" in other.stderr
     assert len(other.stderr.strip().splitlines()) <= 2
     assert (out / "records.jsonl").read_bytes() == before
+
+
+def test_texts_that_old_records_lack_are_generated_by_the_same_command(
+    finished: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    spec, whole, _ = finished
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line).get("arm") != "dropout" or '"kind": "trial"' in line]
+    (out / "records.jsonl").write_text("".join(kept), encoding="utf-8")
+    told = run("report", out)
+    assert told.returncode == 0, told.stderr
+    assert any("'dropout' are missing" in text for text in read_report(out / "report.json").details)
+    done = run("study", "--spec", spec, "--out", out)
+    assert done.returncode == 0, done.stderr
+    again, before = (read_report(folder / "report.json") for folder in (out, whole))
+    assert again.sampling == before.sampling and again.details == before.details
 
 
 def wait_for(what: object, seconds: float = 120) -> None:

@@ -137,6 +137,7 @@ def example_report() -> schema.Report:
         cross=schema.Cross(
             without="neither",
             with_dropout="both",
+            differs_in=["optimizer.weight_decay"],
             greedy="greedy",
             drawn="top-k 50",
             arms=["neither", "both"],
@@ -161,6 +162,7 @@ def example_report() -> schema.Report:
             words="5 pairs and 3 comparisons detect 2.3 standard deviations in 4 of 5 studies",
         ),
         how=schema.How(
+            settings={"data": ["python-docs"], "steps": 400, "optimizer.lr": 0.003},
             notes=[
                 "All trials of one seed share initial weights, batches and nested masks.",
                 "The learning rate was not tuned for each arm.",

@@ -103,6 +103,15 @@ def details_of(report: schema.Report) -> list[str]:
     for line in report.sanity:
         if line.unit == "bits per byte":
             found.append(f"{_sentence(line.words)}; '{base.name}' needs {bits:.2f} at its best step.")
+    missing = [
+        name
+        for name in (report.cross.arms if report.cross is not None else ())
+        if name not in {cell.arm for cell in report.sampling}
+    ]
+    if missing and report.is_complete:
+        found.append(
+            f"Texts of {_quoted(missing)} are missing: the same twodice study command generates them."
+        )
     if len(report.seeds) == 1:
         found.append("One seed cannot separate an effect from chance: no interval and no verdict is given.")
     return found

@@ -19,11 +19,21 @@ from typing import Any, NamedTuple
 from twodice.errors import DataError
 from twodice.study import charts, plot_data
 from twodice.study.answer import passes
+from twodice.study.cross_words import cross_sentence, cross_summary, moved_by
 from twodice.study.layout import shortened
 from twodice.study.marks import Piece, marked, without_blanks
-from twodice.study.schema import Arm, Effect, Estimate, Example, Report, read_report
+from twodice.study.schema import Arm, Estimate, Example, Report, read_report
 from twodice.study.svg import DARK, LIGHT, css_variables
-from twodice.study.words import MINUS, counted, interval, listed, number, percent, signed
+from twodice.study.words import (
+    MINUS,
+    counted,
+    interval,
+    listed,
+    number,
+    percent,
+    signed,
+    signed_interval,
+)
 
 _PAGE = {  # colours of the page around the pictures; the pictures' own are in `svg`
     "light": "--page: #f7f8fa; --link: #0a5ca8; --mark-repeat: #ffe2a8; --mark-copied: #a33f78;",
@@ -99,7 +109,7 @@ def key_figures(report: Report) -> tuple[KeyFigure, ...]:
                 "loss on unseen text, at the best step",
                 percent(difference.percent.mean),
                 "",
-                f"{_percent_range(difference.percent.low, difference.percent.high)} "
+                f"{signed_interval(difference.percent.low, difference.percent.high, 'plain1')} "
                 f"{_named(best.name)} against {_named(baseline.name)}",
             )
         )
@@ -161,78 +171,6 @@ def key_figures(report: Report) -> tuple[KeyFigure, ...]:
             )
         )
     return tuple(figures)
-
-
-def _percent_range(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"[{signed(low, 'plain1')}, {signed(high, 'plain1')}]"
-
-
-def effect_text(effect: Effect, kind: str) -> str:
-    """``−54.2 points [−55.0, −53.4]``: a difference in the unit of its measure."""
-    if kind == "share":
-        value = f"{signed(100 * effect.mean, 'plain1')} points"
-        bracket = _percent_range(
-            None if effect.low is None else 100 * effect.low,
-            None if effect.high is None else 100 * effect.high,
-        )
-    else:
-        unit = {"nats": " nats", "count": " characters"}.get(kind, "")
-        value = signed(effect.mean, kind) + unit
-        bracket = (
-            ""
-            if effect.low is None or effect.high is None
-            else f"[{signed(effect.low, kind)}, {signed(effect.high, kind)}]"
-        )
-    return f"{value} {bracket}".rstrip()
-
-
-def is_clear(effect: Effect) -> bool:
-    """Whether the interval leaves out zero (or there is a difference and no seed-to-seed spread at all)."""
-    return effect.low is not None and effect.high is not None and (effect.low > 0 or effect.high < 0)
-
-
-def moved_by(report: Report, measure: str) -> tuple[int, ...]:
-    """Which dice are shown to move `measure`: 1 the training die, 2 the generation die."""
-    found = (
-        []
-        if report.cross is None
-        else [e for e in report.cross.effects if e.measure == measure and is_clear(e)]
-    )
-    return tuple(sorted({"training": 1, "generation": 2}[e.die] for e in found))
-
-
-def cross_sentence(report: Report, measure: str, kind: str) -> str:
-    """One plain sentence: which die moves `measure`, by how much."""
-    found = {
-        e.die: e for e in (report.cross.effects if report.cross is not None else []) if e.measure == measure
-    }
-    training, generation = found.get("training"), found.get("generation")
-    if measure.startswith(("validation_", "gap_")):
-        if training is None:
-            return "Sampling never changes it: it belongs to the model."
-        moved = f"Only the training die can move it: {effect_text(training, kind)}."
-        return (
-            moved
-            if is_clear(training)
-            else f"Only the training die could, and it is not shown to: {effect_text(training, kind)}."
-        )
-    if generation is None:
-        return ""
-    g = effect_text(generation, kind)
-    if training is None:
-        return (
-            f"The generation die moves it: {g}."
-            if is_clear(generation)
-            else f"The generation die is not shown to move it: {g}."
-        )
-    t = effect_text(training, kind)
-    if is_clear(generation) and is_clear(training):
-        return f"Both dice move it: generation {g}; training {t}."
-    if is_clear(generation):
-        return f"The generation die moves it: {g}. The training die is not shown to: {t}."
-    if is_clear(training):
-        return f"The training die moves it: {t}. The generation die is not shown to: {g}."
-    return f"Neither die is shown to move it: generation {g}; training {t}."
 
 
 def cross_rows(report: Report) -> tuple[CrossRow, ...]:
@@ -322,7 +260,7 @@ def settings_text(arm: Arm) -> str:
     """What an arm changes, as one would type it."""
     if arm.text:
         return arm.text
-    return "nothing: " + ("" if arm.has_dropout else "all dropout off, ") + "the settings below"
+    return "nothing: " + ("" if arm.has_dropout else "all dropout off, ") + "the settings of all arms, below"
 
 
 def style_sheet() -> str:
@@ -418,6 +356,7 @@ def render(report: Report) -> str:
             ordered=sorted(report.arms, key=lambda arm: numbers[arm.name]),
             role={name: plot_data.arm_role(report, name) for name in numbers},
             measures=plot_data.MEASURES,
+            cross_summary=cross_summary(report),
             passes=passes(report.steps, report.model, report.data),
             untuned_is_said=any("not tuned" in note for note in report.how.notes),
             tuned=any(arm.tuned for arm in report.arms),

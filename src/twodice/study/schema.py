@@ -184,6 +184,9 @@ class Cross(_Part):
 
     without: str = Field(description="arm without dropout")
     with_dropout: str | None = Field(description="arm with dropout; null where no arm has any")
+    differs_in: list[str] = Field(
+        description="settings beside dropout in which that arm differs from `without`; best none"
+    )
     greedy: str = Field(description="name of the greedy setting")
     drawn: str = Field(description="name of the drawn setting")
     arms: list[str] = Field(description="the arms that generated, in order")
@@ -243,6 +246,7 @@ class How(_Part):
     """How everything was measured: sentences and commands."""
 
     notes: list[str]
+    settings: dict[str, Any] = Field(description="what all arms start from, by dotted name")
     commands: dict[str, str] = Field(description="what to type for: study, report, generate, load")
     machine: dict[str, str]
     case: str | None = Field(description="how the case was chosen (demo)")

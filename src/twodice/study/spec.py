@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from twodice.errors import ConfigError, nearest
 from twodice.study.arms import SHARED, Arm, check_arms, default_arms, parse_arm
@@ -49,7 +50,7 @@ class SamplingPlan(_Part):
     top_k: tuple[Annotated[int, Field(ge=1)] | None, ...] = Field(
         default=(10, 50, None), description="none means all tokens"
     )
-    temperature: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.7, 1.0))
+    temperature: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(default=(0.7, 1.0))
 
 
 class StudySpec(_Part):
@@ -229,10 +230,37 @@ def read_spec_file(path: Path) -> dict[str, Any]:
 
 
 def _in_words(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, detail['loc'])) or 'study'}: {detail['msg'].removeprefix('Value error, ')}"
-        for detail in error.errors()
-    )
+    """One line: each field with what must hold of it, as its type says, and what came."""
+    said = []
+    for detail in error.errors():
+        names = [part for part in detail["loc"] if isinstance(part, str)]
+        path = ".".join(map(str, detail["loc"]))
+        fields = (SamplingPlan if names[:-1] == ["sampling"] else StudySpec).model_fields
+        field = fields.get(names[-1]) if names else None
+        if detail["type"] == "extra_forbidden":
+            said.append(f"no setting {path!r}{nearest(names[-1], fields)}")
+        elif detail["type"] == "value_error" or field is None:
+            said.append(f"{path or 'study'}: {detail['msg'].removeprefix('Value error, ')}")
+        else:
+            said.append(f"{path} must be {_allowed(field, path)}; got {detail['input']!r}")
+    return "; ".join(said)
+
+
+def _allowed(field: FieldInfo, path: str) -> str:
+    """What a field takes, with its interval: read off its type, where the bounds stand."""
+    parts, bounds = [field.annotation, *field.metadata], {}
+    for part in parts:  # grows while it is read: a bound may stand deep in the type
+        parts += [*get_args(part), *getattr(part, "metadata", ())]
+        bounds.update(
+            {name: v for name in ("gt", "ge", "lt", "le") if (v := getattr(part, name, None)) is not None}
+        )
+    if not bounds:
+        return "text" if str in parts else "a table"
+    low = f"[{bounds['ge']:g}" if "ge" in bounds else f"({bounds['gt']:g}"
+    high = f"{bounds['le']:g}]" if "le" in bounds else "inf)"
+    number = f"{'an integer' if int in parts else 'a number'} in {low}, {high}"
+    is_list = get_origin(field.annotation) is tuple and not path.rpartition(".")[2].isdigit()
+    return f"a list, each {number}" if is_list else number
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

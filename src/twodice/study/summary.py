@@ -18,7 +18,7 @@ from twodice.study.arms import Arm
 from twodice.study.effects import effects
 from twodice.study.records import Record, in_order, read_records
 from twodice.study.sampling_cross import settings_of
-from twodice.study.spec import Settled, StudySpec
+from twodice.study.spec import Settled, StudySpec, flat
 
 REPORT = "report.json"
 _LOSSES = ("train_nats_per_token", "validation_b_nats_per_token", "validation_b_bits_per_byte")
@@ -128,12 +128,25 @@ def summarise(records: Sequence[Record]) -> schema.Report:
         ),
         how=schema.How(
             notes=notes_of(spec, found.settled, found.study),
+            settings=_shared_settings(found),
             commands=dict(found.study["commands"]),
             machine=dict(found.study["machine"]),
             case=spec.case,
         ),
     )
     return report.model_copy(update={"details": details_of(report)})
+
+
+def _shared_settings(found: Found) -> dict[str, Any]:
+    """What all arms start from, by dotted name, as settled; what is absent follows from the model."""
+    settings = {**flat(found.spec.base.model_dump(mode="json")), "steps": found.settled.steps}
+    model, every = found.study["model"], found.settled.evaluate_every
+    derived = {"optimizer.lr": found.study["lr"], "batch": model["batch"], "context": model["context"]}
+    derived |= {"evaluation.every": every, "threads": found.settled.threads}
+    for name, value in derived.items():
+        if settings[name] is None:
+            settings[name] = value
+    return {name: value for name, value in settings.items() if value is not None and name != "seed"}
 
 
 def _moments(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -214,6 +227,13 @@ def choose_seed(found: Found, arm: str, seeds: Sequence[int]) -> int:
     return min(seeds, key=lambda s: float(_moments(found.trials[arm, s])[0]["validation_a_nats_per_token"]))
 
 
+def beyond_dropout(arm: schema.Arm, baseline: schema.Arm) -> list[str]:
+    """The settings beside dropout in which an arm was asked to differ from the baseline."""
+    ours, theirs = dict(arm.settings), dict(baseline.settings)
+    of_dropout = {"dropout", "dropout_draw"}
+    return sorted(k for k in {*ours, *theirs} - of_dropout if ours.get(k) != theirs.get(k))
+
+
 def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[list[str], str | None, str]:
     """Which arms generate, which of them is "with dropout", and why these.
 
@@ -230,11 +250,9 @@ def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[
         return names, None, f"'{baseline}' has dropout itself, so there is no model without to cross"
     if not dropping:
         return names, None, "no arm has dropout"
-    theirs, of_dropout = dict(by_name[baseline].settings), {"dropout", "dropout_draw"}
 
     def differs(arm: schema.Arm) -> list[str]:
-        ours = dict(arm.settings)
-        return sorted(k for k in {*ours, *theirs} - of_dropout if ours.get(k) != theirs.get(k))
+        return beyond_dropout(arm, by_name[baseline])
 
     # What the corners show is credited to the training die, so an arm that changes dropout alone comes first.
     alone = [arm for arm in dropping if not differs(arm)]
@@ -249,6 +267,8 @@ def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[
             f"no arm differs from '{baseline}' in dropout alone; '{chosen.name}' has the lowest mean loss of "
             f"those with dropout and differs in {' and '.join(differs(chosen))} too"
         )
+    if chosen.tuned != by_name[baseline].tuned:
+        why += f"; {' and '.join(chosen.tuned)} was tuned for each"
     return names, chosen.name, why
 
 
@@ -311,6 +331,7 @@ def _cross(
     if plan is None or not cells:
         return None
     names, chosen, why = choose_cross(arms, baseline, best)
+    by_name = {arm.name: arm for arm in arms}
     drawn = [cell.setting for cell in cells if not cell.setting.greedy]
     # The middle of the grid's k at temperature 1, or what is nearest to it.
     usual = next((s for s in drawn if s.temperature == 1 and s.top_k == 50), None)
@@ -319,6 +340,7 @@ def _cross(
     cross = schema.Cross(
         without=baseline,
         with_dropout=chosen,
+        differs_in=[] if chosen is None else beyond_dropout(by_name[chosen], by_name[baseline]),
         greedy="greedy",
         drawn=usual.name,
         arms=names,

@@ -75,6 +75,11 @@ def interval(low: float | None, high: float | None, kind: str = "nats") -> str:
     return f"[{first.removesuffix(f'{NARROW}%')}, {last.removesuffix(f'{NARROW}%')}]"
 
 
+def signed_interval(low: float | None, high: float | None, kind: str) -> str:
+    """``[−1.2, +0.4]``; empty where there is no interval."""
+    return "" if low is None or high is None else f"[{signed(low, kind)}, {signed(high, kind)}]"
+
+
 def counted(count: int, noun: str) -> str:
     """``1 seed``, ``5 seeds``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

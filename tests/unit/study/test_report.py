@@ -22,12 +22,11 @@ from tests.support.report_cases import (
 )
 
 from twodice.errors import DataError
+from twodice.study.cross_words import cross_sentence, cross_summary, is_clear
 from twodice.study.effects import effects
 from twodice.study.marks import marked, repeated
 from twodice.study.report import (
     cross_rows,
-    cross_sentence,
-    is_clear,
     key_figures,
     render,
     style_sheet,
@@ -175,6 +174,42 @@ def test_the_sentence_of_a_row_says_no_more_than_its_intervals() -> None:
     )
     assert says[True, False].startswith("The training die moves it")
     assert says[False, False].startswith("Neither die is shown to move it")
+
+
+def test_whether_one_die_replaces_the_other_goes_by_the_adjusted_intervals() -> None:
+    clear, unclear = (-0.5, -0.6, -0.4), (-0.5, -1.1, 0.1)
+    report = with_effect(unclear, clear)
+    assert report.cross is not None
+
+    def told(*loss: float) -> str:
+        effect = {"measure": "validation_nats_per_token", "die": "training"}
+        effect |= dict(zip(("mean", "low", "high"), loss, strict=True))  # type: ignore[arg-type]
+        cross = report.cross.model_dump()  # type: ignore[union-attr]
+        return cross_summary(changed(report, cross=cross | {"effects": [*cross["effects"], effect]}))
+
+    assert told(*clear) == (
+        "Neither die replaces the other here: only the training die is shown to move loss on unseen text, "
+        "only the generation die repetition."
+    )
+    assert told(*unclear) == (
+        "Only the generation die is shown to move repetition; the training die alone, nothing."
+    )
+    assert cross_summary(with_effect(unclear, unclear)) == ""
+    assert cross_summary(report) in render(report)
+
+
+def test_an_arm_that_differs_in_more_than_dropout_is_headed_so() -> None:
+    report = full_report()
+    assert report.cross is not None
+    more = "with dropout and another optimizer.weight_decay"
+    assert more in render(report)
+    alone = changed(report, cross=report.cross.model_dump() | {"differs_in": []})
+    assert more not in render(alone) and "with dropout <bdi" in render(alone)
+
+
+def test_the_settings_that_an_unchanged_arm_is_said_to_have_stand_below_it(page: str) -> None:
+    said = page.index("all dropout off, the settings of all arms, below")
+    assert said < page.index('id="settings">The settings of all arms') < page.index("<dt>optimizer.lr</dt>")
 
 
 def test_effects_are_paired_by_seed_and_those_of_the_model_have_one_die() -> None:

@@ -296,3 +296,27 @@ def test_an_arm_that_helps_is_the_answer_with_its_interval() -> None:
     assert report.answer.startswith(
         f"On this text dropout {dropout.words} against 'neither' (arm 'dropout'); without dropout "
     )
+
+
+def test_texts_that_are_not_recorded_are_said_to_be_missing() -> None:
+    assert not any("missing" in text for text in summarise(example_records()).details)
+    old = [r for r in example_records() if not (r["kind"] == "sampling" and r["arm"] == "dropout")]
+    assert "Texts of 'dropout' are missing: the same twodice study command generates them." in (
+        summarise(old).details
+    )
+
+
+def test_what_all_arms_share_is_told_as_settled() -> None:
+    settings = summarise(example_records()).how.settings
+    assert (settings["steps"], settings["optimizer.lr"], settings["batch"]) == (20, 1e-3, 4)
+    assert settings["optimizer.weight_decay"] == 0.1 and None not in settings.values()
+
+
+def test_a_setting_tuned_for_each_arm_is_named_where_they_are_crossed() -> None:
+    report = example_report()
+    arms = [
+        arm.model_copy(update={"tuned": {"optimizer.lr": f"{i}e-3"}}) for i, arm in enumerate(report.arms)
+    ]
+    assert choose_cross(arms, "neither", "neither")[2].endswith("; optimizer.lr was tuned for each")
+    same = [arm.model_copy(update={"tuned": {"optimizer.lr": "1e-3"}}) for arm in report.arms]
+    assert "tuned" not in choose_cross(same, "neither", "neither")[2]
