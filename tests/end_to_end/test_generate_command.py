@@ -133,7 +133,10 @@ def test_what_cannot_be_meant_is_a_usage_error_in_one_line(
 
 def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path: Path, say: Any) -> None:
     said = say(tmp_path / "none", "--prompt", "a")
-    assert said.code == 1 and "does not exist" in said.err and "hf:" in said.err
+    assert said.code == 2 and "does not exist" in said.err and "hf:" in said.err
+    (tmp_path / "file").write_text("")
+    said = say(tmp_path / "file", "--prompt", "a")
+    assert said.code == 2 and "is a file" in said.err
     assert "has no model yet" in say(_unfinished(tmp_path), "--prompt", "a").err
 
 

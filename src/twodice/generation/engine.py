@@ -143,8 +143,10 @@ class Engine:
 
         Raises
         ------
+        ConfigError
+            If the folder is not there.
         CheckpointError
-            If the folder is not there, holds no model, or its weights are not safetensors.
+            If it holds no model, or its weights are not safetensors.
         """
         from twodice.generation.load import load
 

@@ -39,13 +39,15 @@ def find_model(source: str | Path) -> Path:
 
     Raises
     ------
+    ConfigError
+        If there is no such folder.
     CheckpointError
-        If there is no such folder, no ``config.json`` of a model, or no safetensors.
+        If the folder has no ``config.json`` of a model, or no safetensors.
     """
     folder = Path(source)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(
+        raise ConfigError(
             f"a model needs a run folder or a folder in Hugging Face format; {str(source)!r} {what} "
             f"(for a model on the hub write {HUB_PREFIX}{source})"
         )
