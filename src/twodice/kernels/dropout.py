@@ -14,6 +14,7 @@ import operator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from twodice.errors import ConfigError, ContractError, ShapeError
 from twodice.kernels import dispatch
@@ -32,6 +33,8 @@ _NOTHING: tuple[int, tuple[int, int], torch.Tensor | None] = (0, (0, 0), None)
 # From this size of the result on, it is written past the caches, which it would only empty.
 _STREAM_BYTES = 16 << 20
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_transforms_active = torch._C._are_functorch_transforms_active
+_many_at_once = torch._C._functorch.is_legacy_batchedtensor
 
 
 def dropout(
@@ -89,7 +92,10 @@ def dropout(
     Notes
     -----
     *Randomness.* A pure function of (key, step, example, position, head, column); the backward pass computes
-    the mask again from them, and keeps no mask. Double backward is not defined.
+    the mask again from them, and keeps no mask. Dropout at fixed coordinates is linear, so gradients of any
+    order and forward-mode tangents are the same selection and scale. ``torch.vmap`` gives what a loop would;
+    as then all elements with one set of coordinates have one mask, it demands mapped coordinates or
+    ``randomness="same"``.
     """
     bits = key.seed if isinstance(key, Key) else key_bits(key)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
@@ -97,6 +103,14 @@ def dropout(
             raise ContractError("out= serves eager calls only; leave it out in compiled code")
         return _through_operation(
             x, threshold, bits, step, examples, positions, key_positions, layout, residual
+        )
+    if _transforms_active() or forward_ad._current_level >= 0:
+        if out is not None:
+            raise ContractError(
+                "out= serves plain calls only; leave it out under torch.func, vmap and forward-mode AD"
+            )
+        return _Transformed.apply(  # type: ignore[no-any-return]
+            x, residual, threshold, bits, step, examples, positions, key_positions, layout, False
         )
     if x.is_cpu:
         # Values now: a schedule's tensor may be changed in place before the backward pass reads it.
@@ -144,14 +158,140 @@ class _Dropout(torch.autograd.Function):
         return _forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         threshold, key, step, layout = ctx.rest
         examples, positions, key_positions = ctx.saved_tensors or (None, None, None)
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = _forward(grad, None, threshold, key, step, examples, positions, key_positions, layout)
+            for_x = _again(grad, None, threshold, key, step, examples, positions, key_positions, layout)
         return for_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None, None, None
+
+
+class _Transformed(torch.autograd.Function):
+    """The same under ``torch.func``, vmap and forward-mode AD, whose rules cost every call microseconds.
+
+    The last argument says whether this is a gradient or a tangent, so that the mask was decided elsewhere.
+    """
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        threshold: int | torch.Tensor,
+        key: int,
+        step: int | torch.Tensor,
+        examples: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        key_positions: torch.Tensor | None,
+        layout: str,
+        decided: bool,
+    ) -> torch.Tensor:
+        if x.is_cpu:
+            threshold, step = int(threshold), _whole(step)
+        return _one_or_many(x, residual, threshold, key, step, examples, positions, key_positions, layout)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, _, threshold, key, step, examples, positions, key_positions, layout, _ = inputs
+        # A rate and a step may be mapped tensors here, so they are kept like the coordinates.
+        kept = [v if isinstance(v, torch.Tensor) else None for v in (threshold, step)]
+        ctx.save_for_backward(*kept, examples, positions, key_positions)
+        ctx.save_for_forward(*kept, examples, positions, key_positions)
+        ctx.rest = threshold if kept[0] is None else None, key, step if kept[1] is None else None, layout
+
+    @staticmethod
+    def _rest(ctx: Any) -> tuple[Any, ...]:
+        threshold, step, examples, positions, key_positions = ctx.saved_tensors
+        plain, key, number, layout = ctx.rest
+        threshold, step = plain if threshold is None else threshold, number if step is None else step
+        return threshold, key, step, examples, positions, key_positions, layout
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            # What was kept may be wrapped by a transform that is over; apply takes the wrapping off.
+            for_x = _Transformed.apply(grad, None, *_Transformed._rest(ctx), True)
+        return for_x, grad if ctx.needs_input_grad[1] else None, *[None] * 8
+
+    @staticmethod
+    def jvp(ctx: Any, for_x: torch.Tensor | None, for_residual: torch.Tensor | None, *_: Any) -> Any:
+        if for_x is None:
+            return for_residual
+        return _Transformed.apply(for_x, for_residual, *_Transformed._rest(ctx), True)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[torch.Tensor, int]:
+        coordinates_mapped = any(axis is not None for axis in in_dims[4:8])
+        *_, decided = inputs
+        if not (decided or coordinates_mapped or info.randomness == "same"):
+            raise ContractError(
+                "under vmap the elements must have coordinates of their own, or all drop the same units; got "
+                "neither examples nor another coordinate that is mapped; give each element its slot of the "
+                "global batch through vmap (examples), or write vmap(..., randomness='same') if one mask for "
+                "all is meant"
+            )
+        each = []
+        for i in range(info.batch_size):
+            x, residual, threshold, key, step, examples, positions, key_positions, layout, _ = (
+                v if axis is None else v.select(axis, i) for v, axis in zip(inputs, in_dims, strict=True)
+            )
+            each.append(
+                _again(x, residual, threshold, key, step, examples, positions, key_positions, layout)
+                if decided
+                else dropout(
+                    x,
+                    threshold,
+                    key,
+                    step,
+                    examples=examples,
+                    positions=positions,
+                    key_positions=key_positions,
+                    layout=layout,
+                    residual=residual,
+                )
+            )
+        return torch.stack(each), 0
+
+
+def _again(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    threshold: int | torch.Tensor,
+    key: int,
+    step: int | torch.Tensor,
+    examples: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    """The selection and scale of a forward call on its gradient or tangent, itself differentiable."""
+    rest = key, step, examples, positions, key_positions, layout
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return _Transformed.apply(x, residual, threshold, *rest, True)  # type: ignore[no-any-return]
+    if x.is_cpu and not (type(threshold) is int and type(step) is int):
+        threshold, rest = int(threshold), (key, int(step), *rest[2:])
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        return _Dropout.apply(x, residual, threshold, *rest)  # type: ignore[no-any-return]
+    return _one_or_many(x, residual, threshold, *rest)
+
+
+def _one_or_many(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    threshold: int | torch.Tensor,
+    key: int,
+    step: int | torch.Tensor,
+    examples: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    key_positions: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    """`_forward`, also where autograd runs many gradients as one (``is_grads_batched=True``)."""
+    if not (_many_at_once(x) or (residual is not None and _many_at_once(residual))):
+        return _forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
+    where = coordinates(x, layout, examples, positions, key_positions)
+    return dropout_reference(x, threshold, key, step, where, layout, residual)
 
 
 def _forward(
@@ -309,6 +449,13 @@ def _operation(
     layout: str,
 ) -> torch.Tensor:
     bits = int(key) % (1 << 64)
+    if forward_ad._current_level >= 0 and any(
+        v is not None and forward_ad.unpack_dual(v).tangent is not None for v in (x, residual)
+    ):
+        raise ContractError(
+            "compiled code and subclasses of tensors have no forward-mode derivative of dropout, so the "
+            "tangent would be lost; call it eagerly on plain tensors, or take the derivative in reverse mode"
+        )
     if x.is_cpu:
         return _forward(
             x, residual, int(threshold), bits, int(step), examples, positions, key_positions, layout
