@@ -146,7 +146,9 @@ def _shared_settings(found: Found) -> dict[str, Any]:
     for name, value in derived.items():
         if settings[name] is None:
             settings[name] = value
-    return {name: value for name, value in settings.items() if value is not None and name != "seed"}
+    # The seeds are each arm's; when a trial saves changes nothing that it finds.
+    told = {name for name in settings if name != "seed" and not name.startswith("checkpoint.")}
+    return {name: value for name, value in settings.items() if value is not None and name in told}
 
 
 def _moments(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
