@@ -1,5 +1,5 @@
-"""Dropout as functions, for one's own models. Knows no plan and no model: a rate becomes a threshold, a text a
-noise, no more.
+"""Dropout as functions, for one's own models. Knows no plan and no model: a rate becomes a threshold, a text
+a noise, no more.
 
 Letters: B rows, H heads, T positions, C columns, S keys.
 """

@@ -11,6 +11,7 @@ import torch
 
 from twodice.dropout.functional import dropout, dropout_add
 from twodice.errors import ConfigError, ShapeError
+from twodice.kernels.noise import Noise
 from twodice.random.keys import Key
 
 KEY = Key(7)
@@ -108,3 +109,46 @@ def test_examples_may_be_a_list_and_anything_else_says_what_must_hold() -> None:
     for wrong in ([0.5, 1.0], "ab"):
         with pytest.raises(ShapeError, match="examples must be integers"):
             dropout(x, 0.5, key=1, step=0, examples=wrong)
+
+
+@pytest.mark.parametrize("text", ["feature", "block(8)", "gaussian", "feature+gaussian"])
+def test_a_noise_is_the_same_in_both_functions_and_by_its_text(text: str) -> None:
+    x, residual = torch.linspace(-2, 2, 2 * 3 * 40).reshape(2, 3, 40), torch.ones(2, 3, 40)
+    y = dropout(x, 0.3, key=KEY, step=5, noise=text)
+    assert torch.equal(y, dropout(x, 0.3, key=KEY, step=5, noise=Noise.parse(text)))
+    assert not torch.equal(y, dropout(x, 0.3, key=KEY, step=5))
+    assert torch.equal(dropout_add(x, residual, 0.3, key=KEY, step=5, noise=text), residual + y)
+
+
+@pytest.mark.parametrize("layout", ["bct", "bchw"])
+def test_feature_noise_of_a_convolution_drops_whole_channels(layout: str) -> None:
+    shape = (5, 64, 6) if layout == "bct" else (5, 64, 2, 3)
+    y = dropout(torch.ones(shape), 0.4, key=KEY, step=5, layout=layout, noise="feature").flatten(2)
+    assert torch.equal(y, y[..., :1].expand_as(y)) and 0.3 < float((y == 0).double().mean()) < 0.5
+    rows = dropout(torch.ones(5, 64), 0.4, key=KEY, step=5, layout="bc")
+    assert torch.equal(y[..., 0], rows)
+    units = dropout(torch.ones(shape), 0.4, key=KEY, step=5, layout=layout).flatten(2)
+    assert torch.equal(units[..., 0], rows) and not torch.equal(units[..., 1], rows)
+
+
+def test_draws_do_not_depend_on_how_many_run_together() -> None:
+    x = torch.linspace(-2, 2, 2 * 3 * 40).reshape(2, 3, 40)
+    steps, slots = torch.arange(3).repeat_interleave(2), torch.arange(2).repeat(3)
+    together = dropout(x.repeat(3, 1, 1), 0.3, key=KEY, step=steps, examples=slots)
+    for draw in range(3):
+        assert torch.equal(together[2 * draw : 2 * draw + 2], dropout(x, 0.3, key=KEY, step=draw))
+    assert torch.equal(
+        together, dropout(x.repeat(3, 1, 1), 0.3, key=KEY, step=steps.tolist(), examples=slots)
+    )
+
+
+def test_a_noise_that_cannot_be_meant_is_an_error() -> None:
+    x = torch.ones(2, 3, 8)
+    with pytest.raises(ConfigError, match="did you mean 'gaussian'"):
+        dropout(x, 0.1, key=KEY, step=0, noise="gausian")
+    with pytest.raises(ConfigError, match="below 1"):
+        dropout(x, 1.0, key=KEY, step=0, noise="gaussian")
+    with pytest.raises(ShapeError, match="one for each of the 2 rows"):
+        dropout(x, 0.1, key=KEY, step=[1, 2, 3])
+    with pytest.raises(ShapeError, match="residual must have"):
+        dropout_add(x, x[:, :2], 0.1, key=KEY, step=0, noise="feature")
