@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from twodice.dropout.attach import Handle as Handle
     from twodice.dropout.attach import attach as attach
+    from twodice.dropout.attend import attention as attention
     from twodice.dropout.functional import dropout as dropout
     from twodice.dropout.functional import dropout_add as dropout_add
     from twodice.dropout.plan import DropoutPlan as DropoutPlan
@@ -29,6 +30,7 @@ _HOMES = {
     "SamplingParams": "twodice.sampling.params",
     "TwodiceError": "twodice.errors",
     "attach": "twodice.dropout.attach",
+    "attention": "twodice.dropout.attend",
     "dropout_add": "twodice.dropout.functional",
     "sample": "twodice.sampling.sample",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "TwodiceError",
     "__version__",
     "attach",
+    "attention",
     "dropout",
     "dropout_add",
     "sample",
