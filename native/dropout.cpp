@@ -99,7 +99,8 @@ struct Call {
 
 constexpr int64_t kBlock = 16384;   // columns; a multiple of 64
 constexpr int64_t kStrided = 1024;  // columns gathered at a time where columns are not contiguous
-constexpr int64_t kGrain = 32768;   // elements below which no second thread is worth its waking
+constexpr int64_t kGrain = 32768;   // elements that a thread takes at a time
+constexpr int64_t kAlone = 262144;  // elements up to which no second thread is worth its waking (measured)
 
 struct Place {
     int64_t b, h, t, first, last;
@@ -127,7 +128,7 @@ TWODICE_INLINE int64_t offset(const int64_t* stride, const Place& at) {
 // ---- selection, 16 (portable, AVX2) or 32 (AVX-512) elements at a time -------------------------------------------------
 
 struct Portable {
-    static constexpr int kStep = 16;
+    static constexpr int kStep = 16, kLanes = 64;
     struct Keys {};
     static void spread(const Run&, Keys&) {}
     template <int>
@@ -150,7 +151,7 @@ struct Portable {
 
 #if TWODICE_X86
 struct Avx2 {
-    static constexpr int kStep = 16;
+    static constexpr int kStep = 16, kLanes = 64;
     using Keys = KeysAvx2;
     TWODICE_AVX2 TWODICE_INLINE static void spread(const Run& run, Keys& keys) { spread_keys(run, keys); }
     template <int Groups>
@@ -236,7 +237,7 @@ struct Avx2 {
 };
 
 struct Avx512 {
-    static constexpr int kStep = 32;
+    static constexpr int kStep = 32, kLanes = 128;  // 128: two chains side by side, since one waits for its products
     using Keys = KeysAvx512;
     TWODICE_AVX512 TWODICE_INLINE static void spread(const Run& run, Keys& keys) { spread_keys(run, keys); }
     template <int Groups>
@@ -331,12 +332,19 @@ struct Avx512 {
             Isa::template select<T, Add, Stream>(lanes + i, x + i, residual + i, y + i, rate);                         \
         if (i < n) rest_##Isa<T, Add>(lanes + i, x + i, residual + i, y + i, n - i, rate);                             \
     }                                                                                                                  \
-    /* n contiguous elements from counter c0 on: lanes are made 64 at a time and used at once. */                      \
+    /* n contiguous elements from counter c0 on: lanes are made 128 or 64 at a time and used at once. */               \
     template <class T, bool Add, bool Stream>                                                                          \
     TARGET INLINE void dense_##Isa(const Run& run, const Isa::Keys& keys, uint32_t c0, const T* x, const T* residual,  \
                                    T* y, int64_t n, const Rate& rate) {                                                \
-        alignas(64) uint16_t lanes[64];                                                                                \
+        alignas(64) uint16_t lanes[Isa::kLanes];                                                                       \
         int64_t i = 0;                                                                                                 \
+        if constexpr (Isa::kLanes > 64) {                                                                              \
+            for (; i + Isa::kLanes <= n; i += Isa::kLanes, c0 += Isa::kLanes / 8) {                                    \
+                Isa::template lanes<Isa::kLanes / 32>(run, keys, c0, lanes);                                           \
+                for (int j = 0; j < Isa::kLanes; j += Isa::kStep)                                                      \
+                    Isa::template select<T, Add, Stream>(lanes + j, x + i + j, residual + i + j, y + i + j, rate);     \
+            }                                                                                                          \
+        }                                                                                                              \
         for (; i + 64 <= n; i += 64, c0 += 8) {                                                                        \
             Isa::template lanes<2>(run, keys, c0, lanes);                                                              \
             for (int j = 0; j < 64; j += Isa::kStep)                                                                   \
@@ -503,7 +511,7 @@ bool dropout(uintptr_t x, uintptr_t y, uintptr_t residual, int code, Four shape,
     call.run.set_key(key);
     const int64_t units = rows * call.blocks;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::min(call.C, call.block));
-    if (threads <= 1 || units <= grain) {
+    if (threads <= 1 || total <= kAlone || units <= grain) {
         if (total <= kGrain) {
             all(call, code, 0, units);
         } else {

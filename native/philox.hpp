@@ -192,6 +192,11 @@ TWODICE_AVX512 inline void spread_keys(const Run& run, KeysAvx512& keys) {
     }
 }
 
+// The high word of each 64-bit lane, moved down. A shuffle and no shift: shifts share their one port with the products.
+TWODICE_AVX512 TWODICE_INLINE __m512i high_words(__m512i v) {
+    return _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xF5));
+}
+
 // 64 lanes a group (8 counters); the exclusive or of three is one instruction here.
 template <int Groups>
 TWODICE_AVX512 TWODICE_INLINE void lanes_avx512(const Run& run, const KeysAvx512& keys, uint32_t c0, uint16_t* out) {
@@ -203,8 +208,8 @@ TWODICE_AVX512 TWODICE_INLINE void lanes_avx512(const Run& run, const KeysAvx512
         const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
         const __m512i counter = _mm512_add_epi32(_mm512_set1_epi64(c0 + 8u * static_cast<uint32_t>(g)), order);
         const __m512i p0 = _mm512_mul_epu32(counter, m0);
-        const __m512i p1 = _mm512_mul_epu32(_mm512_xor_si512(_mm512_srli_epi64(p0, 32), first_c2), m1);
-        a[g] = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), second_c0);
+        const __m512i p1 = _mm512_mul_epu32(_mm512_xor_si512(high_words(p0), first_c2), m1);
+        a[g] = _mm512_xor_si512(high_words(p1), second_c0);
         b[g] = p1;
         c[g] = _mm512_xor_si512(p0, second_c2);
         d[g] = second_c3;
@@ -213,8 +218,8 @@ TWODICE_AVX512 TWODICE_INLINE void lanes_avx512(const Run& run, const KeysAvx512
     for (int round = 2; round < kRounds; ++round) {
         for (int g = 0; g < Groups; ++g) {
             const __m512i p0 = _mm512_mul_epu32(a[g], m0), p1 = _mm512_mul_epu32(c[g], m1);
-            a[g] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), b[g], keys.k0[round], 0x96);
-            c[g] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), d[g], keys.k1[round], 0x96);
+            a[g] = _mm512_ternarylogic_epi64(high_words(p1), b[g], keys.k0[round], 0x96);
+            c[g] = _mm512_ternarylogic_epi64(high_words(p0), d[g], keys.k1[round], 0x96);
             b[g] = p1;
             d[g] = p0;
         }

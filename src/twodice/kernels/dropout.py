@@ -122,9 +122,7 @@ def dropout(
             raise ContractError(
                 "out= serves calls that need no gradient; leave it out or use torch.no_grad()"
             )
-        return _Dropout.apply(  # type: ignore[no-any-return]
-            x, residual, threshold, bits, step, examples, positions, key_positions, layout
-        )
+        return _apply(x, residual, (threshold, bits, step, layout), examples, positions, key_positions)
     return _forward(x, residual, threshold, bits, step, examples, positions, key_positions, layout, out)
 
 
@@ -144,17 +142,15 @@ class _Dropout(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         residual: torch.Tensor | None,
-        threshold: int | torch.Tensor,
-        key: int,
-        step: int | torch.Tensor,
+        rest: tuple[Any, ...],
         examples: torch.Tensor | None,
         positions: torch.Tensor | None,
         key_positions: torch.Tensor | None,
-        layout: str,
     ) -> torch.Tensor:
         if examples is not None or positions is not None or key_positions is not None:
             ctx.save_for_backward(examples, positions, key_positions)
-        ctx.rest = threshold, key, step, layout
+        ctx.rest = rest
+        threshold, key, step, layout = rest
         return _forward(x, residual, threshold, key, step, examples, positions, key_positions, layout)
 
     @staticmethod
@@ -162,9 +158,15 @@ class _Dropout(torch.autograd.Function):
         threshold, key, step, layout = ctx.rest
         examples, positions, key_positions = ctx.saved_tensors or (None, None, None)
         for_x = None
-        if ctx.needs_input_grad[0]:
+        needs = ctx.needs_input_grad
+        if needs[0]:
             for_x = _again(grad, None, threshold, key, step, examples, positions, key_positions, layout)
-        return for_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None, None, None
+        return for_x, grad if needs[1] else None, None, None, None, None
+
+
+# Straight to torch's own apply: the one in Python looks for transforms, which are served before, and costs a
+# microsecond and a half a call.
+_apply = super(torch.autograd.Function, _Dropout).apply
 
 
 class _Transformed(torch.autograd.Function):
@@ -272,7 +274,7 @@ def _again(
     if x.is_cpu and not (type(threshold) is int and type(step) is int):
         threshold, rest = int(threshold), (key, int(step), *rest[2:])
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
-        return _Dropout.apply(x, residual, threshold, *rest)  # type: ignore[no-any-return]
+        return _apply(x, residual, (threshold, key, rest[1], layout), examples, positions, key_positions)
     return _one_or_many(x, residual, threshold, *rest)
 
 

@@ -244,7 +244,7 @@ def test_all_dropped_and_none_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_child_made_by_fork_has_threads_of_its_own() -> None:
     torch.set_num_threads(2)
-    x = torch.ones(1, 1024, 256)
+    x = torch.ones(1, 2048, 256)
     twin = kernel.dropout(x, 6554, 7, 3).numpy().tobytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork: the very thing in question

@@ -100,7 +100,7 @@ def test_dropout_of_attention_weights_whose_keys_stand_anywhere(level: str) -> N
 def test_dropout_on_two_threads_past_the_caches(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twodice.kernels.dropout._STREAM_BYTES", 1)
     torch.set_num_threads(2)
-    inputs = [values((2, 100, columns), dtype, 5) for dtype in TYPES for columns in (512, 500)]
+    inputs = [values((2, 300, columns), dtype, 5) for dtype in TYPES for columns in (512, 500)]
     assert differing(level, lambda: [twodice.dropout(x, 0.1, key=7, step=3) for x in inputs]) == 0
 
 
