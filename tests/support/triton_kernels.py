@@ -1,4 +1,4 @@
-"""Runs cases on the Triton kernels in a process of their own, by the interpreter and on a GPU if there is one.
+"""Runs cases on the Triton kernels in a process of their own: by the interpreter, and on a GPU if there is.
 
 Triton decides when it is imported whether it interprets, so neither choice may reach the other tests.
 """

@@ -70,8 +70,8 @@ def dropout_triton(
             *given[0],
             *given[1],
             *given[2],
-            *_number(threshold, x.device),
-            *_number(step, x.device),
+            *number(threshold, x.device),
+            *number(step, x.device),
             *signed_words(key),
             B * H * T,
             H,
@@ -138,7 +138,7 @@ def _strided(values: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, 
     return values, down if values.shape[0] > 1 else 0, along if values.shape[1] > 1 else 0
 
 
-def _number(value: int | torch.Tensor, device: torch.device) -> tuple[int, torch.Tensor | None]:
+def number(value: int | torch.Tensor, device: torch.device) -> tuple[int, torch.Tensor | None]:
     """A threshold or step: its value where the host knows it, else where the kernel reads it."""
     if isinstance(value, torch.Tensor):
         if value.device != device and not value.is_cpu:
