@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from twodice import nn as nn
     from twodice.dropout.attach import Handle as Handle
     from twodice.dropout.attach import attach as attach
     from twodice.dropout.attend import attention as attention
@@ -46,13 +47,14 @@ __all__ = [
     "attention",
     "dropout",
     "dropout_add",
+    "nn",
     "sample",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "dropout":  # the folder, which is callable; importing it binds the name here
-        return importlib.import_module("twodice.dropout")
+    if name in ("dropout", "nn"):  # modules (the first of them callable); importing one binds its name here
+        return importlib.import_module(f"twodice.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'twodice' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
