@@ -1,225 +1,40 @@
-"""Where a model can drop units: the table of families, the search for sites, and the dropout that a model
-brings along.
+"""Where a model can drop units: the search for sites.
 
 Reads a model, never changes it. Knows no rate of a plan and no key. A site's name is ``<module
 path>#<kind>``; wrappers (data-parallel, compiled, checkpointed, adapters) are taken off by type and leave no
-trace in a path.
+trace in a path. Which module of a block is which stands in `table`; own dropout is looked up in `own`.
+
+Letters: B rows, T positions, C columns, H heads, S keys, E experts.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from twodice.dropout import own, table
+from twodice.dropout.places import Family, Inventory, OwnDropout, Place
+from twodice.dropout.reading import asks_for_attention
+from twodice.dropout.stacks import Stack, common, stacks_of
+from twodice.dropout.table import Branch
+from twodice.dropout.weights import weights
+from twodice.dropout.wrappers import at, join, module_at, unwrap, walk
 from twodice.errors import ConfigError
 
-#: Wrappers by type: (module, class, attribute that holds what is wrapped). A module that is not loaded has no
-#: instance.
-WRAPPERS = (
-    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
-    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "module"),
-    (
-        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
-        "CheckpointWrapper",
-        "_checkpoint_wrapped_module",
-    ),
-    ("peft.peft_model", "PeftModel", "base_model"),
-    ("peft.tuners.tuners_utils", "BaseTuner", "model"),
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the models of one family are built: names of attributes, and what each own dropout feeds.
-
-    Attributes
-    ----------
-    home, base : str
-        Module and class of the base model.
-    layers, attention, mlp, last, norm : str
-        The list of blocks; in a block its attention and feed-forward; the feed-forward's last linear; the
-        final norm.
-    own : dict
-        Path in a block (or, with a leading dot, in the base) of an own ``nn.Dropout`` -> the kind that its
-        tensor is.
-    read : dict
-        Field of the config -> what reads it.
-    """
-
-    home: str
-    base: str
-    layers: str
-    attention: str
-    mlp: str
-    last: str
-    norm: str
-    own: dict[str, str]
-    read: dict[str, str]
-
-
-def _llama(model: str, name: str) -> Family:
-    return Family(
-        home=f"transformers.models.{model}.modeling_{model}",
-        base=name,
-        layers="layers",
-        attention="self_attn",
-        mlp="mlp",
-        last="down_proj",
-        norm="norm",
-        own={},
-        read={"attention_dropout": "the attention function"},
-    )
-
-
-FAMILIES = (
-    Family(
-        home="transformers.models.gpt2.modeling_gpt2",
-        base="GPT2Model",
-        layers="h",
-        attention="attn",
-        mlp="mlp",
-        last="c_proj",
-        norm="ln_f",
-        own={
-            ".drop": "embedding",
-            "attn.attn_dropout": "attention",
-            "attn.resid_dropout": "residual.attention",
-            "mlp.dropout": "residual.mlp",
-        },
-        read={
-            "embd_pdrop": "drop",
-            "attn_pdrop": "attn_dropout",
-            "resid_pdrop": "resid_dropout and mlp.dropout",
-        },
-    ),
-    _llama("llama", "LlamaModel"),
-    _llama("mistral", "MistralModel"),
-    _llama("qwen2", "Qwen2Model"),
-)
-
-
-@dataclass(frozen=True)
-class Place:
-    """One site that a plan may speak of.
-
-    Attributes
-    ----------
-    name : str
-        ``<module path>#<kind>``: what the key is derived from.
-    kind : str
-        Kind of the plan.
-    path : str
-        Clean path of the module that the site belongs to.
-    part : str or None
-        ``attention`` or ``mlp`` for ``residual``.
-    layer : int or None
-        Number of the block.
-    module : nn.Module
-        Where the hook goes.
-    tensor : str
-        ``input`` (first argument), ``output`` (the result, or the first of several) or ``attention``.
-    layout : str or None
-        Axes, None where only the shape at run time tells.
-    """
-
-    name: str
-    kind: str
-    path: str
-    part: str | None
-    layer: int | None
-    module: nn.Module
-    tensor: str
-    layout: str | None
-    stack: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class OwnDropout:
-    """Dropout that the model brings along.
-
-    ``feeds`` is the name of the site whose tensor it drops, or None; ``called`` says that the module runs
-    (GPT-2's ``attn_dropout`` only carries a number for the attention function).
-    """
-
-    path: str
-    module: nn.Module
-    rate: float
-    feeds: str | None
-    attribute: str = "p"
-    called: bool = True
-
-
-@dataclass
-class Inventory:
-    """What was found in a model."""
-
-    root: nn.Module
-    base: nn.Module
-    family: Family | None
-    layers: int | None
-    places: list[Place] = field(default_factory=list)
-    own: list[OwnDropout] = field(default_factory=list)
-    phantoms: list[tuple[str, float, str]] = field(default_factory=list)
-
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds that have a site here, in the order of the plan."""
-        return list(dict.fromkeys(place.kind for place in self.places))
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return what is inside the wrappers, which are known by type."""
-    if isinstance(module, nn.DataParallel):
-        raise ConfigError(
-            "nn.DataParallel copies the model on every forward, so that its sites cannot be reached; use "
-            "DistributedDataParallel"
-        )
-    while True:
-        for home, name, attribute in WRAPPERS:
-            kind = getattr(sys.modules.get(home), name, None)
-            if kind is not None and isinstance(module, kind):
-                module = getattr(module, attribute)
-                break
-        else:
-            return module
-
-
-def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (clean path, module) of everything inside `root`, each module once, under its first path."""
-    seen: set[int] = set()
-
-    def inside(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrap(module)
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield path, module
-        for name, child in module.named_children():
-            yield from inside(child, f"{path}.{name}" if path else name)
-
-    yield from inside(root, "")
-
-
-def _family_of(module: nn.Module) -> Family | None:
-    for family in FAMILIES:
-        kind = getattr(sys.modules.get(family.home), family.base, None)
-        if kind is not None and isinstance(module, kind):
-            return family
-    return None
-
-
-def _at(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        module = unwrap(getattr(unwrap(module), name))
-    return module
+__all__ = [
+    "Family",
+    "Inventory",
+    "OwnDropout",
+    "Place",
+    "find",
+    "first_tensor",
+    "has_fast_path",
+    "unwrap",
+    "walk",
+]
 
 
 def find(model: nn.Module) -> Inventory:
@@ -228,124 +43,290 @@ def find(model: nn.Module) -> Inventory:
     Raises
     ------
     ConfigError
-        If the model holds two base models of a known family, or is of a form that cannot be served.
+        If the model holds two language models, or is of a form that cannot be served.
     """
     root = unwrap(model)
     modules = list(walk(root))
-    bases = [(path, module, family) for path, module in modules if (family := _family_of(module)) is not None]
-    if len(bases) > 1:
-        raise ConfigError(
-            f"attach serves one language model at a time; found {', '.join(repr(p) for p, _, _ in bases)}; "
-            "attach to each"
-        )
-    if not bases:
-        found = Inventory(root, root, None, None)
-    else:
-        path, base, family = bases[0]
-        if getattr(getattr(base, "config", None), "add_cross_attention", False):
-            raise ConfigError(
-                f"{type(base).__name__} with cross-attention is not served yet; got add_cross_attention=True"
-            )
-        blocks = [unwrap(block) for block in getattr(base, family.layers)]
-        found = Inventory(root, base, family, len(blocks))
-        _sites_of_family(found, path, blocks)
-    _sites_of_modules(found, modules)
-    _phantoms(found)
+    stacks = stacks_of(root)
+    found = _inventory(root, stacks)
+    search = _Search(found, {id(module): path for path, module in modules})
+    for stack in stacks:
+        search.stack(stack)
+    for path, module in modules:
+        if isinstance(module, nn.MultiheadAttention) and not search.inside(path):
+            search.multihead(module, path, None, None, None)
+    weights(found, modules)
+    own.collect(found, modules)
+    if not stacks and getattr(root, "config", None) is not None:
+        found.undecided.append(("", "no list of equal blocks that attend was found, so no layer has a site"))
     return found
 
 
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+def _inventory(root: nn.Module, stacks: list[Stack]) -> Inventory:
+    if not stacks:
+        return Inventory(root, root, None, None)
+    _, base = common(stacks, root)
+    configured = [stack for stack in stacks if stack.config is not None]
+    config = getattr(base, "config", None)
+    if len(configured) > 1 and config is None:
+        raise ConfigError(
+            "attach serves one language model at a time; found "
+            f"{', '.join(repr(stack.path) for stack in configured)}; attach to each"
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise ConfigError(
+            f"{type(base).__name__} with cross-attention is not served yet; got add_cross_attention=True"
+        )
+    family = None
+    if configured:
+        asking = (m for stack in stacks for m in stack.blocks[0].modules() if asks_for_attention(m))
+        family = Family(type(next(asking, base)).__module__, type(base).__name__)
+    return Inventory(root, base if configured else root, family, max(s.count for s in stacks), stacks=stacks)
 
 
-def _sites_of_family(found: Inventory, path: str, blocks: list[nn.Module]) -> None:
-    family, base = found.family, found.base
-    assert family is not None
+class _Search:
+    """Fills an inventory from stacks."""
 
-    def add(
-        kind: str, at: str, module: nn.Module, tensor: str, layer: int | None = None, part: str | None = None
+    def __init__(self, found: Inventory, where: dict[int, str]) -> None:
+        self.found = found
+        self.where = where
+
+    def inside(self, path: str) -> bool:
+        """Whether a path lies in a block of a stack."""
+        return any(path.startswith(f"{block}.") for stack in self.found.stacks for block in stack.paths)
+
+    def stack(self, stack: Stack) -> None:
+        """Find the sites of a stack, in the order of the forward."""
+        form, path = stack.form, stack.path
+        flow = "tbc" if stack.time_first else "btc"
+        first, tensor = stack.blocks[0], "input"
+        if form is not None and form.embedding is not None:
+            found = module_at(stack.owner, form.embedding[1:])
+            first, tensor = (first, tensor) if found is None else (found, "output")
+        for kind in ("embedding", "token"):
+            self.found.add(kind, path, first, tensor, layout=flow, stack=stack.name)
+        self._word(stack)
+        if form is None:
+            names = ", ".join(name for name, _ in first.named_children())
+            why = f"its blocks ({type(stack.blocks[0]).__name__}: {names}) fit no form of the table"
+            self.found.undecided.append((path, f"{why}: no site of residual and skip"))
+        if form is not None and form.shared:
+            why = f"{stack.count} block is visited by all layers: each visit has a mask of its own"
+            self.found.undecided.append(
+                (path, f"{why}, layers cannot be told apart, and 'output' has no site")
+            )
+        for layer, (block, here) in enumerate(zip(stack.blocks, stack.paths, strict=True)):
+            if form is None:
+                self._unknown(stack, layer, block, here, flow)
+            else:
+                for branch in form.branches:
+                    if module_at(block, branch.at) is not None:
+                        self._branch(stack, layer, block, branch, flow)
+            if form is not None and form.first_counts and layer == 0:
+                why = "the first block hands something to the others (position biases): no site of layer"
+                self.found.undecided.append((here, why))
+            else:
+                self.found.add("layer", here, block, "block", layer=layer, layout=flow, stack=stack.name)
+        self._output(stack, flow)
+        if form is not None:
+            own.of_form(self.found, stack, self.where)
+
+    def _word(self, stack: Stack) -> None:
+        lookup = getattr(stack.base, "get_input_embeddings", None)
+        table_of_words = None
+        if lookup is not None:
+            try:
+                table_of_words = lookup()
+            except (AttributeError, NotImplementedError):
+                table_of_words = None
+        if isinstance(table_of_words, nn.Module):
+            table_of_words = unwrap(getattr(table_of_words, "base_layer", table_of_words))
+        if isinstance(table_of_words, nn.Embedding) and id(table_of_words) in self.where:
+            path = self.where[id(table_of_words)]
+            if not self.found.has(f"{path}#word"):
+                self.found.add("word", path, table_of_words, "lookup", stack=stack.name)
+
+    def _branch(self, stack: Stack, layer: int, block: nn.Module, branch: Branch, flow: str) -> None:
+        found = self.found
+        where = self.where
+        rest: dict[str, Any] = {"layer": layer, "stack": stack.name}
+        home = module_at(block, branch.at)
+        assert home is not None
+        path = where[id(home)]
+        added = home if branch.added is None else module_at(block, branch.added)
+        last = next((m for name in branch.last if (m := module_at(block, name)) is not None), None)
+        layout = "nc" if branch.flat else flow
+        if branch.part == "mlp":
+            chunk = max(getattr(m, "chunk_size_feed_forward", 0) or 0 for m in (block, home))
+            if chunk > 0:
+                why = (
+                    f"chunk_size_feed_forward={chunk} cuts positions into pieces: no site of the feed-forward"
+                )
+                found.undecided.append((path, why))
+                return
+            self._activation(home, last, path, layout, rest)
+        else:
+            asks = home if branch.asks is None else module_at(block, branch.asks)
+            part = "cross" if branch.part == "cross" else None
+            if isinstance(asks, nn.MultiheadAttention):
+                self.multihead(asks, path, layer, part, stack.name)
+            elif asks is not None:
+                self._attention(asks, path, part, rest, block, branch)
+                self._head(asks, last, path, part, layout, rest)
+        if added is None:
+            found.undecided.append((path, "the module whose result is added was not found"))
+            return
+        found.add("residual", path, added, "output", part=branch.part, layout=layout, **rest)
+        scale = next((s for s in table.SCALES if getattr(block, s, 1.0) != 1.0), None)
+        stream = None if branch.stream is None else module_at(block, branch.stream)
+        if stream is None or scale is not None:
+            why = (
+                "the identity path is that of two branches" if scale is None else f"{scale} scales the branch"
+            )
+            found.undecided.append((path, f"{why}: no site of skip"))
+            return
+        extra = {"stream": stream, "stream_is": "input", "between": ()}
+        found.add("skip", path, added, "skip", part=branch.part, layout=layout, extra=extra, **rest)
+
+    def _attention(
+        self,
+        asks: nn.Module,
+        path: str,
+        part: str | None,
+        rest: dict[str, Any],
+        block: nn.Module | None = None,
+        branch: Branch | None = None,
     ) -> None:
-        layout = "bhts" if tensor == "attention" else "btc"
-        found.places.append(Place(f"{at}#{kind}", kind, at, part, layer, module, tensor, layout))
+        found = self.found
+        extra: dict[str, Any] = {"heads": heads(asks)}
+        eager = getattr(sys.modules.get(type(asks).__module__), "eager_attention_forward", None)
+        if asks_for_attention(asks) and eager is not None:
+            extra["eager"] = eager
+            found.add("attention", path, asks, "attention", part=part, layout="bhts", extra=extra, **rest)
+            found.add("key", path, asks, "attention", part=part, layout="bhts", extra=extra, **rest)
+            return
+        dropped = None if branch is None or block is None else module_at(block, branch.weights or "?")
+        if dropped is None or branch is None or block is None:
+            why = (
+                "its weights pass neither an attention function nor a known nn.Dropout: no site of attention"
+            )
+            found.undecided.append((path, why))
+            return
+        for condition, wanted in branch.weights_if:
+            if at(block, condition) != wanted:
+                where = self.where[id(dropped)]
+                got = f"{condition.removeprefix('config._').removeprefix('config.')}={at(block, condition)!r}"
+                found.undecided.append(
+                    (path, f"{got}: the weights do not pass {where!r}; no site of attention")
+                )
+                reads = condition.endswith("_attn_implementation")
+                found.silent[id(dropped)] = None if reads else f"with {got} nothing reads it"
+                return
+        found.add("attention", path, dropped, "probabilities", part=part, layout="bhts", extra=extra, **rest)
 
-    add("embedding", path, blocks[0], "input")
-    for layer, block in enumerate(blocks):
-        at = _join(path, family.layers, str(layer))
-        attention, mlp = _join(at, family.attention), _join(at, family.mlp)
-        add("attention", attention, _at(block, family.attention), "attention", layer)
-        add("residual", attention, _at(block, family.attention), "output", layer, "attention")
-        add("activation", mlp, _at(block, f"{family.mlp}.{family.last}"), "input", layer)
-        add("residual", mlp, _at(block, family.mlp), "output", layer, "mlp")
-    add("output", _join(path, family.norm), _at(base, family.norm), "output")
+    def _head(
+        self,
+        asks: nn.Module,
+        last: nn.Module | None,
+        path: str,
+        part: str | None,
+        layout: str,
+        rest: dict[str, Any],
+    ) -> None:
+        number = heads(asks)
+        if last is None or number is None:
+            what = "output projection" if last is None else "number of heads"
+            self.found.undecided.append((path, f"its {what} was not found: no site of head"))
+            return
+        self.found.add("head", path, last, "input", part=part, layout=layout, extra={"heads": number}, **rest)
 
-    def site(kind: str, layer: int | None) -> str:
-        name, _, part = kind.partition(".")
-        return next(
-            p.name
-            for p in found.places
-            if p.kind == name and p.layer == layer and (not part or p.part == part)
-        )
+    def _activation(
+        self, home: nn.Module, last: nn.Module | None, path: str, layout: str, rest: dict[str, Any]
+    ) -> None:
+        experts = module_at(home, table.EXPERTS)
+        if experts is None:
+            if last is None:
+                self.found.undecided.append((path, "its last linear was not found: no site of activation"))
+                return
+            self.found.add("activation", path, last, "input", layout=layout, **rest)
+            return
+        product = getattr(experts, "down_proj", None)
+        inside = join(path, table.EXPERTS)
+        if isinstance(product, nn.Parameter) and product.dim() == 3:
+            turned = bool(getattr(experts, "is_transposed", False))
+            extra = {"experts": product.shape[0], "width": product.shape[1 if turned else 2]}
+            self.found.add("activation", inside, experts, "experts", layout="nc", extra=extra, **rest)
+        else:
+            self.found.undecided.append(
+                (inside, "experts that are not stacked parameters: no site of activation")
+            )
+        for name in table.SHARED_EXPERTS:
+            shared = module_at(home, f"{name}.down_proj")
+            if shared is not None:
+                self.found.add("activation", join(path, name), shared, "input", layout=layout, **rest)
 
-    for where, kind in family.own.items():
-        holders: list[tuple[int | None, nn.Module]] = (
-            [(None, base)] if where.startswith(".") else [*enumerate(blocks)]
-        )
-        for number, block in holders:
-            at = _join(path, where[1:]) if number is None else _join(path, family.layers, str(number), where)
-            own = _at(block, where.removeprefix("."))
-            called = kind != "attention"
-            # A model may be built with something else in this place (nn.Identity, say): then there is nothing
-            # to tell.
-            if isinstance(own, nn.Dropout):
-                found.own.append(OwnDropout(at, own, own.p, site(kind, number), called=called))
-    if "attention_dropout" in family.read:
-        for layer, block in enumerate(blocks):
-            own = _at(block, family.attention)
-            at = _join(path, family.layers, str(layer), family.attention)
-            rate = float(getattr(own, "attention_dropout", 0.0))
-            found.own.append(
-                OwnDropout(at, own, rate, site("attention", layer), "attention_dropout", called=False)
+    def multihead(
+        self, module: nn.Module, path: str, layer: int | None, part: str | None, stack: str | None
+    ) -> None:
+        """Add the sites of an nn.MultiheadAttention, whose own forward hides them."""
+        extra = {"heads": heads(module), "time_first": not getattr(module, "batch_first", False)}
+        for kind in ("attention", "key", "head"):
+            self.found.add(
+                kind,
+                path,
+                module,
+                "multihead",
+                layer=layer,
+                part=part,
+                layout="bhts",
+                stack=stack,
+                extra=extra,
             )
 
+    def _unknown(self, stack: Stack, layer: int, block: nn.Module, here: str, flow: str) -> None:
+        """Find what names and structure tell of a block that fits no row."""
+        rest: dict[str, Any] = {"layer": layer, "stack": stack.name}
+        for name, module in block.named_modules():
+            known = name.rpartition(".")[2]
+            part = "cross" if "cross" in name or "enc" in known.lower() else None
+            path = self.where.get(id(unwrap(module)), "")
+            if isinstance(module, nn.MultiheadAttention):
+                self.multihead(module, path, layer, part, stack.name)
+            elif asks_for_attention(module):
+                self._attention(module, path, part, rest)
+                last = next((m for n in table.PROJECTION if (m := module_at(module, n)) is not None), None)
+                self._head(module, last, path, part, flow, rest)
+        for name in table.FEED_FORWARD:
+            home = module_at(block, name)
+            if home is not None:
+                last = next((m for n in table.LAST if (m := module_at(home, n)) is not None), None)
+                if last is None and isinstance(home, nn.Sequential):
+                    linear = [m for m in home if isinstance(m, nn.Linear)]
+                    last = linear[-1] if len(linear) > 1 else None
+                self._activation(home, last, join(here, name), flow, rest)
+                return
+        self.found.undecided.append((here, "no child is named like a feed-forward: no site of activation"))
 
-def _sites_of_modules(found: Inventory, modules: list[tuple[str, nn.Module]]) -> None:
-    """Each nn.Dropout that runs as a module is a site of the kind `dropout`."""
-    known = {id(own.module): own for own in found.own}
-    for path, module in modules:
-        if isinstance(module, nn.Dropout):
-            own = known.get(id(module))
-            if own is None:
-                found.own.append(OwnDropout(path, module, module.p, None))
-            elif not own.called:
-                continue
-            found.places.append(Place(f"{path}#dropout", "dropout", path, None, None, module, "output", None))
-        elif isinstance(module, nn.modules.dropout._DropoutNd):
-            found.own.append(OwnDropout(path, module, module.p, None))
-        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0:
-            found.own.append(OwnDropout(path, module, float(module.dropout), None, "dropout"))
+    def _output(self, stack: Stack, flow: str) -> None:
+        form = stack.form
+        names = table.FINAL_NORM if form is None else form.norms
+        norm = next((m for name in names if (m := module_at(stack.owner, name)) is not None), None)
+        if norm is None and form is not None and form.last_norm and not form.shared:
+            norm = module_at(stack.blocks[-1], form.last_norm)
+        if norm is not None:
+            self.found.add("output", self.where[id(norm)], norm, "output", layout=flow, stack=stack.name)
+        elif form is None or not form.shared:
+            self.found.undecided.append((stack.path, "no final norm was found: no site of output"))
 
 
-def _phantoms(found: Inventory) -> None:
-    """Rates in the config that nothing in this model reads."""
-    config = getattr(found.base, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        return
-    read: dict[str, str] = found.family.read if found.family is not None else {}
-    values: dict[str, Any] = config.to_dict()
-    for name, value in sorted(values.items()):
-        if (
-            not re.search("drop", name)
-            or isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value <= 0
-        ):
-            continue
-        if name not in read and found.family is not None:
-            if name == "summary_first_dropout" and any("first_dropout" in own.path for own in found.own):
-                continue
-            found.phantoms.append(
-                (name, float(value), f"no module of this {type(found.root).__name__} reads it")
-            )
+def heads(module: nn.Module) -> int | None:
+    """Return the number of query heads that an attention module, or its config, names."""
+    for holder in (module, getattr(module, "config", None)):
+        for name in table.HEADS:
+            number = getattr(holder, name, None)
+            if isinstance(number, int) and not isinstance(number, bool):
+                return number
+    return None
 
 
 def has_fast_path(root: nn.Module) -> bool:
