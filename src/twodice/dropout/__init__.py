@@ -19,7 +19,7 @@ class _CallableFolder(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from twodice.dropout.functional import dropout
 
-        # From the second call on, the function itself: an import and a frame cost a call of 4 KB a fifth more.
+        # From the second call on, the function itself: an import and a frame would cost every small call.
         type(self).__call__ = staticmethod(dropout)  # type: ignore[assignment]
         return dropout(*args, **kwargs)
 
