@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from twodice.dropout.attend import attention as attention
     from twodice.dropout.functional import dropout as dropout
     from twodice.dropout.functional import dropout_add as dropout_add
+    from twodice.dropout.maxnorm import max_norm_ as max_norm_
     from twodice.dropout.plan import DropoutPlan as DropoutPlan
+    from twodice.dropout.rdrop import r_drop_loss as r_drop_loss
     from twodice.errors import TwodiceError as TwodiceError
     from twodice.random.keys import Key as Key
     from twodice.sampling.params import SamplingParams as SamplingParams
@@ -33,6 +35,8 @@ _HOMES = {
     "attach": "twodice.dropout.attach",
     "attention": "twodice.dropout.attend",
     "dropout_add": "twodice.dropout.functional",
+    "max_norm_": "twodice.dropout.maxnorm",
+    "r_drop_loss": "twodice.dropout.rdrop",
     "sample": "twodice.sampling.sample",
 }
 
@@ -47,7 +51,9 @@ __all__ = [
     "attention",
     "dropout",
     "dropout_add",
+    "max_norm_",
     "nn",
+    "r_drop_loss",
     "sample",
 ]
 
