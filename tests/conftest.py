@@ -17,7 +17,8 @@ REQUIRED = frozenset(filter(None, os.environ.get("TWODICE_REQUIRE", "").split(",
 
 
 def pytest_configure(config: object) -> None:
-    """A backend named in TWODICE_REQUIRE (native, browser) must be there: a skip cannot hide its loss."""
+    """What TWODICE_REQUIRE names (native, triton, browser) must be there: a skip cannot hide its loss."""
+    import importlib.util
     import shutil
 
     if "native" in REQUIRED:
@@ -25,5 +26,9 @@ def pytest_configure(config: object) -> None:
 
         if dispatch.native is None:
             raise SystemExit(f"TWODICE_REQUIRE names native kernels: {dispatch.why()}")
+    if "triton" in REQUIRED and importlib.util.find_spec("triton") is None:
+        raise SystemExit(
+            "TWODICE_REQUIRE names triton, whose interpreter runs the kernels for GPUs; install it"
+        )
     if "browser" in REQUIRED and shutil.which("chromium") is None:
         raise SystemExit("TWODICE_REQUIRE names a browser and there is no chromium on the PATH")

@@ -45,11 +45,18 @@ def facts() -> dict[str, Any]:
         "kernels": dispatch.backend(),
         "why": dispatch.why(),
         "instructions": dispatch.facts()["simd_levels"],
+        "gpu_kernels": gpu_kernels(dispatch.triton_is_there(), len(devices) > 1),
         "processor": processor(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "devices": devices,
     }
+
+
+def gpu_kernels(triton: bool, gpu: bool) -> str:
+    """What a tensor on a GPU would be served by, in words."""
+    served = "Triton" if triton else "readable twins (no triton, or TWODICE_KERNELS=reference)"
+    return served if gpu else f"{served}; no GPU here"
 
 
 def processor() -> str:
@@ -77,6 +84,7 @@ def doctor(
     console = out()
     console.print(f"twodice   {found['twodice']} (Python {found['python']})", markup=False)
     console.print(f"kernels   {found['kernels']}: {found['why']}", markup=False)
+    console.print(f"on a GPU  {found['gpu_kernels']}", markup=False)
     machine = f"{found['processor']}, {found['cores']} cores, {found['threads']} threads"
     console.print(f"processor {machine}", markup=False)
     console.print(f"devices   {', '.join(found['devices'])}", markup=False)

@@ -1,8 +1,8 @@
 """The two passes of attention with keyed dropout: which kernel serves them, and what is made before it runs.
 
-Native blocks on the CPU; the readable twin, whole and once more for the gradient, where they do not serve
-(float64, no native module, the gradient of a bias under a softcap). This module knows no autograd and no
-registered operation.
+Native blocks on the CPU, Triton on a GPU; the readable twin, whole and once more for the gradient, where they
+do not serve: float64, no native module, no triton, on the CPU the gradient of a bias under a softcap, on a
+GPU DropKey and heads wider than 256. This module knows no autograd and no registered operation.
 
 Letters: B rows, H query heads, T queries, S keys, W value width.
 """
@@ -36,9 +36,18 @@ def coordinates_of(
 
 
 def _in_blocks(query: torch.Tensor, rule: Rule, of_bias: bool) -> bool:
-    """Whether the native kernels serve; a capped score hides the gradient of its bias from them."""
-    hidden = of_bias and rule.softcap > 0
+    """Whether the native kernels serve: they see the gradient of a bias by that of the scores alone."""
+    hidden = of_bias and (rule.softcap > 0 or rule.scale == 0)
     return dispatch.native is not None and query.is_cpu and query.dtype != torch.float64 and not hidden
+
+
+def _in_triton(query: torch.Tensor, value: torch.Tensor, rule: Rule) -> bool:
+    """Whether the Triton kernels serve. Nobody without a tensor on a GPU loads triton."""
+    if not (query.is_cuda and dispatch.triton_is_there()):
+        return False
+    from twodice.kernels import attention_triton
+
+    return attention_triton.not_served(query, value, rule) is None
 
 
 def forward(
@@ -57,6 +66,10 @@ def forward(
         return out.zero_(), query.new_zeros(query.shape[:3], dtype=torch.float32)
     if _in_blocks(query, rule, False):
         return out, blocks.forward(blocks.Inputs(query, key, value, bias, sinks, steps, where, rule), out)
+    if _in_triton(query, value, rule):
+        from twodice.kernels import attention_triton
+
+        return out, attention_triton.forward(query, key, value, bias, sinks, steps, where, rule, out)
     if query.is_cpu:
         dispatch.say_once_when_slow()
     found, lse = attention_reference(query, key, value, bias, sinks, steps, where, rule)
@@ -99,6 +112,13 @@ def backward(
     if _in_blocks(query, rule, of_bias):
         given = blocks.Inputs(query, key, value, bias, sinks, steps, where, rule)
         return blocks.backward(given, grad, out, lse, of_bias, of_sinks)
+    if _in_triton(query, value, rule):
+        from twodice.kernels import attention_triton
+
+        needs = (True, True, True, of_bias, of_sinks)
+        return attention_triton.backward(
+            grad, out, lse, query, key, value, bias, sinks, steps, where, rule, needs
+        )
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
         b, s = (None if x is None else x.detach().requires_grad_() for x in inputs[3:])

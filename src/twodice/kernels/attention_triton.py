@@ -20,7 +20,7 @@ import triton
 from twodice.kernels import attention_triton_kernels as kernels
 from twodice.kernels.attention_reference import Rule
 from twodice.kernels.dropout_layout import Coordinates
-from twodice.kernels.dropout_triton import number
+from twodice.kernels.dropout_triton import number, plain
 from twodice.kernels.philox_triton import INTERPRETED, signed_words
 
 _WIDEST_HEAD = 256
@@ -32,7 +32,8 @@ def not_served(query: torch.Tensor, value: torch.Tensor, rule: Rule) -> str | No
         return "float64"
     if max(query.shape[-1], value.shape[-1]) > _WIDEST_HEAD:
         return f"heads wider than {_WIDEST_HEAD}"
-    if not isinstance(rule.drop_keys, int) or rule.drop_keys:
+    dropped = plain(rule.drop_keys)
+    if not isinstance(dropped, int) or dropped:
         return "DropKey"
     return None
 
@@ -46,26 +47,20 @@ def forward(
     step: torch.Tensor,
     where: Coordinates,
     rule: Rule,
+    out: torch.Tensor,
     block: tuple[int, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the result (B, H, T, W) and the log of the sum of exponentials of each row, (B, H, T).
+) -> torch.Tensor:
+    """Write the result (B, H, T, W) into `out` and return the log of the sum of exponentials, (B, H, T).
 
-    The arguments are those of `attention_reference`; `block` is the number of queries and keys of a tile,
-    powers of two from 16.
+    The other arguments are those of `attention_reference`; `block` is the number of queries and keys of a
+    tile, powers of two from 16.
     """
     call = _Call(query, key, value, bias, step, where, rule, block, backward=False)
     B, H, T, _ = query.shape
-    result = query.new_empty(B, T, H, value.shape[-1]).transpose(1, 2)
-    if query.stride(1) > query.stride(
-        2
-    ):  # else as the queries lie: the heads of a token are joined afterwards
-        result = query.new_empty(B, H, T, value.shape[-1])
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
-    if not result.numel():
-        return result, lse.fill_(float("inf"))
     sinks = None if sinks is None else sinks.contiguous()
-    call.run(kernels.forward_kernel, call.row_blocks * B * H, result, *call.of(result), lse, sinks)
-    return result, lse
+    call.run(kernels.forward_kernel, call.row_blocks * B * H, out, *call.of(out), lse, sinks)
+    return lse
 
 
 def backward(
@@ -149,17 +144,18 @@ class _Call:
         if bias is not None:
             bias = (bias.view(torch.uint8) if boolean else bias).broadcast_to(B, H, T, S)
         across = (0, 0, 0, 0) if bias is None else bias.stride()
+        threshold = plain(rule.threshold)
         example, position, column = where.example[:, 0], where.position[:, 0], where.column
         self.first = (
             query, *self.of(query), key, *self.of(key), value, *self.of(value), bias, *across,
             example, *_along(example), position, *_along(position),
             *((None, 0, 0) if column is None else (column, *_along(column[:, 0, 0]))),
             step, 1 if step.shape[0] > 1 else 0,
-            *number(rule.threshold, query.device), *signed_words(rule.key),
+            *number(threshold, query.device), *signed_words(rule.key),
             rule.scale, rule.softcap, rule.window, H, H // key.shape[1], T, S, K, W,
         )  # fmt: skip
         self.constants: dict[str, Any] = {
-            "DROP": not isinstance(rule.threshold, int) or rule.threshold > 0,
+            "DROP": threshold != 0 if isinstance(threshold, int) else True,
             "CAUSAL": rule.causal,
             "WINDOW": rule.window > 0,
             "SOFTCAP": rule.softcap > 0,

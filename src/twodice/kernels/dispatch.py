@@ -1,13 +1,15 @@
 """Which kernels run, and why: the one place that reads ``TWODICE_KERNELS`` and loads the native module.
 
-``TWODICE_KERNELS=auto`` (the default) takes the native module where it is there, ``native`` demands it,
-``reference`` takes the readable twins. ``TWODICE_SIMD`` may lower the instruction set of the native kernels
-(``portable``, ``avx2``, ``avx512``) for tests. The choice changes speed only, never a bit. This module knows
-no operation and no torch.
+``TWODICE_KERNELS=auto`` (the default) takes the native module where it is there, and Triton for tensors on a
+GPU; ``native`` demands the module, ``reference`` takes the readable twins. ``TWODICE_SIMD`` may lower the
+instruction set of the native kernels (``portable``, ``avx2``, ``avx512``) for tests. The choice changes speed
+only, never a bit. This module knows no operation and no torch.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import os
 from types import ModuleType
@@ -54,6 +56,12 @@ native, _why = _load()
 _said = False
 
 
+@functools.cache
+def triton_is_there() -> bool:
+    """Return whether tensors on a GPU go through the Triton kernels; asking does not load triton."""
+    return os.environ.get("TWODICE_KERNELS") != "reference" and importlib.util.find_spec("triton") is not None
+
+
 def backend() -> Literal["native", "reference"]:
     """Return which kernels are in use."""
     return "reference" if native is None else "native"
@@ -72,6 +80,7 @@ def facts() -> dict[str, Any]:
         "simd": None,
         "simd_levels": [],
         "threads": None,
+        "triton": triton_is_there(),
     }
     if native is not None:
         found |= {

@@ -1,9 +1,9 @@
 """Dropout on a tensor with declared axes: forward, gradient, and the operation that ``torch.compile`` sees.
 
 Eager calls on the CPU go straight to the native kernel with raw addresses (a registered operation costs tens
-of microseconds a call); compiled code and fake tensors go through ``torch.ops.twodice.dropout``; everything
-else takes the readable twin in ``dropout_reference``. The choice changes speed only. This module knows no
-rate (only thresholds), no plan and no model.
+of microseconds a call); tensors on a GPU go to the Triton kernel; compiled code and fake tensors go through
+``torch.ops.twodice.dropout``; everything else takes the readable twin in ``dropout_reference``. The choice
+changes speed only. This module knows no rate (only thresholds), no plan and no model.
 
 Letters: B rows, H heads, T positions, C columns, S keys, N rows of a flattened batch.
 """
@@ -123,6 +123,8 @@ def dropout(
             raise ContractError(
                 "out= serves calls that need no gradient; leave it out or use torch.no_grad()"
             )
+        if not x.is_cpu:  # as above, without waiting for the device
+            threshold, step = (v.clone() if isinstance(v, torch.Tensor) else v for v in (threshold, step))
         return _apply(x, residual, (threshold, bits, step, layout), examples, positions, key_positions)
     return _forward(x, residual, threshold, bits, step, examples, positions, key_positions, layout, out)
 
@@ -323,6 +325,13 @@ def _forward(
         check_bound("step", step)
     if x.is_cpu and _native is not None:
         return _native_forward(
+            x, residual, threshold, key, step, examples, positions, key_positions, layout, out
+        )
+    if x.is_cuda and dispatch.triton_is_there():
+        # Here, so that nobody without a tensor on a GPU loads triton.
+        from twodice.kernels.dropout_triton import dropout_triton
+
+        return dropout_triton(
             x, residual, threshold, key, step, examples, positions, key_positions, layout, out
         )
     where = coordinates(x, layout, examples, positions, key_positions)

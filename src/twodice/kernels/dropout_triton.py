@@ -12,6 +12,8 @@ Letters: B rows, H heads, T positions, C columns.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import triton
 import triton.language as tl
@@ -140,12 +142,21 @@ def _strided(values: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, 
 
 def number(value: int | torch.Tensor, device: torch.device) -> tuple[int, torch.Tensor | None]:
     """A threshold or step: its value where the host knows it, else where the kernel reads it."""
-    if isinstance(value, torch.Tensor):
-        if value.device != device and not value.is_cpu:
-            raise ShapeError(f"rate and step must be on the host or on {device}; got {value.device}")
-        if not value.is_cpu or device.type == "cpu":  # the interpreter: a tensor on the host is the device's
-            return 0, value
-    return signed_word(int(value)), None
+    value = plain(value)
+    if not isinstance(value, torch.Tensor):
+        return signed_word(value), None
+    if value.device != device or value.is_floating_point():
+        raise ShapeError(
+            f"rate and step must be integers on the host or on {device}; got {value.dtype} on {value.device}"
+        )
+    return 0, value
+
+
+def plain(value: int | torch.Tensor) -> int | torch.Tensor:
+    """The integer itself where the host knows it; the interpreter takes the host for the device."""
+    if isinstance(value, torch.Tensor) and (INTERPRETED or not value.is_cpu):
+        return value
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 @triton.jit(do_not_specialize=["threshold", "step", "k0", "k1", "rows"])

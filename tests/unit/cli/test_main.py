@@ -57,6 +57,7 @@ def test_doctor_says_which_kernels_are_in_use_and_why() -> None:
     assert found["kernels"] in ("native", "reference") and found["why"] and found["cores"] >= 1
     forced = json.loads(run("doctor", "--json", env={**os.environ, "TWODICE_KERNELS": "reference"}).stdout)
     assert forced["kernels"] == "reference" and "TWODICE_KERNELS" in forced["why"]
+    assert forced["gpu_kernels"].startswith("readable twins") and found["gpu_kernels"]
 
 
 @pytest.mark.parametrize(

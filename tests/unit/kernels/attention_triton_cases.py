@@ -6,11 +6,15 @@ variable the cases run on the GPU. Tiles are small, so that each case takes seve
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.support.triton_kernels import DEVICE
 
-from twodice.kernels import attention_triton
+from twodice.kernels import attention_passes, attention_triton
+from twodice.kernels.attention import attention
+from twodice.kernels.attention_passes import empty_result
 from twodice.kernels.attention_reference import Rule, attention_reference
 from twodice.kernels.dropout_layout import coordinates
 from twodice.kernels.dropout_reference import kept
@@ -25,6 +29,13 @@ CLOSE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    result = empty_result(query, value)
+    return result, attention_triton.forward(query, key, value, *rest, result, TILE)
 
 
 class Case:
@@ -56,7 +67,7 @@ class Case:
         leaves = [x for x in given if x is not None and x.requires_grad]
         grads = torch.autograd.grad(result, leaves, self.up)
         with torch.no_grad():
-            ours, our_lse = attention_triton.forward(*given, *self.rest, TILE)
+            ours, our_lse = forward(*given, *self.rest)
             back = attention_triton.backward(self.up, ours, our_lse, *given, *self.rest, block=TILE)
         assert torch.equal(lse.isinf(), our_lse.isinf())
         assert ours.dtype == self.dtype and ours.transpose(1, 2).is_contiguous()  # as the queries lie
@@ -89,7 +100,7 @@ def test_no_dropout_and_all_dropped() -> None:
     Case(threshold=0, causal=True).check()
     case = Case(threshold=65536)
     case.check()
-    assert not attention_triton.forward(*case.inputs, None, None, *case.rest, TILE)[0].any()
+    assert not forward(*case.inputs, None, None, *case.rest)[0].any()
 
 
 def test_a_bias_of_each_row_head_query_and_key_and_its_gradient() -> None:
@@ -107,7 +118,7 @@ def test_padding_hides_keys_and_a_query_that_sees_none_gives_zero() -> None:
     seen[1, :, 7] = False
     case = Case(B=2, bias=seen)
     case.check()
-    assert not attention_triton.forward(*case.inputs, seen, None, *case.rest, TILE)[0][1, :, 7].any()
+    assert not forward(*case.inputs, seen, None, *case.rest)[0][1, :, 7].any()
 
 
 def test_sinks_take_mass_and_have_a_gradient() -> None:
@@ -133,7 +144,7 @@ def test_the_mask_is_bit_for_bit_that_of_dropout_on_the_weights() -> None:
         case = Case(B=2, H=3, N=3, T=20, S=40, W=40, key_positions=columns)
         query, key, _ = case.inputs
         identity = torch.eye(40, device=DEVICE).expand(2, 3, 40, 40)
-        weights, _ = attention_triton.forward(query, key, identity, None, None, *case.rest, TILE)
+        weights, _ = forward(query, key, identity, None, None, *case.rest)
         step, where, rule = case.rest
         assert torch.equal(weights != 0, kept(rule.threshold, rule.key, step, where))
 
@@ -145,3 +156,21 @@ def test_what_is_not_served_is_said() -> None:
     assert attention_triton.not_served(query.double(), value, plain) == "float64"
     assert attention_triton.not_served(query, torch.ones(1, 1, 2, 300), plain) == "heads wider than 256"
     assert attention_triton.not_served(query, value, Rule(1.0, False, 0, 0.0, 0, 1, 9, 2)) == "DropKey"
+
+
+def test_a_call_of_attention_reaches_the_kernels_and_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_passes, "_in_triton", lambda *_: True)
+    monkeypatch.setattr(attention_passes, "_in_blocks", lambda *_: False)
+    called: list[str] = []
+    for name in ("forward", "backward"):
+        kernel = getattr(attention_triton, name)
+        monkeypatch.setattr(attention_triton, name, lambda *a, n=name, k=kernel: called.append(n) or k(*a))
+    found = []
+    for _ in range(2):
+        inputs = Case(T=17, S=17).inputs
+        result = attention(*inputs, 20000, 7, 3, causal=True)
+        found.append((result, *torch.autograd.grad(result.sum(), inputs)))
+        monkeypatch.setattr(attention_passes, "_in_triton", lambda *_: False)
+    assert called == ["forward", "backward"]
+    for ours, twin in zip(*found, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=2e-5, atol=2e-5)

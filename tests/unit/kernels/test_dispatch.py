@@ -58,3 +58,13 @@ def test_the_slow_reference_is_said_once(
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "twodice uses its slow reference kernels"
     ]
+
+
+def test_triton_is_loaded_by_no_tensor_but_one_on_a_gpu() -> None:
+    show = (
+        "import sys, torch, twodice; x = torch.ones(1, 2, 8, requires_grad=True); "
+        "twodice.dropout(x, 0.5, key=1, step=2).sum().backward(); "
+        "print([name for name in sys.modules if name.startswith('triton')])"
+    )
+    ran = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == "[]", ran.stderr
