@@ -140,8 +140,8 @@ class Attention {
         each_row(at, false);
     }
 
-    // From scores and the gradient of the weights with dropout: those weights, and the gradient of the scores (but for
-    // the scale), in place; writes delta, the product of each row of the result with its gradient.
+    // From scores and the gradient of the weights with dropout: those weights, and the gradient of the products of queries
+    // and keys, in place; writes delta, the product of each row of the result with its gradient.
     void backward(uintptr_t scores, uintptr_t grads, Three size, Four place, uintptr_t up, Two up_stride, uintptr_t out,
                   Two out_stride, int64_t width) const {
         Block at{};

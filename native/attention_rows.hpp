@@ -133,8 +133,8 @@ struct ROWS {
         return out;
     }
 
-    // From scores and the gradient of the dropped weights: the dropped weights, and the gradient of the scores (but for
-    // the scale) in place of it. With P the softmax and D the mask with its scale: P D, and P (D dY - delta).
+    // From scores and the gradient of the dropped weights: the dropped weights, and the gradient of the products of
+    // queries and keys in place of it. With P the softmax and D the mask with its scale: P D, and scale P (D dY - delta).
     template <bool Plain, bool Drop>
     TARGET INLINE static void sixteen(const Row& row, const Scores& how, int64_t i, float* x, float* g, F less, F delta,
                                       bool drop_keys) {
@@ -151,7 +151,7 @@ struct ROWS {
             up = V::or_zero(kept, up), weight = V::or_zero(kept, weight);
         }
         V::store(x, weight);
-        F down = V::mul(e, V::sub(up, delta));
+        F down = V::mul(V::mul(e, V::all(how.scale)), V::sub(up, delta));
         if (!Plain) down = V::mul(down, slope);
         V::store(g, down);
     }

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from twodice.kernels import dispatch
+from twodice.kernels import dispatch, team
 from twodice.kernels.attention_reference import Rule
 from twodice.kernels.dropout_layout import Coordinates
 from twodice.random.draws import ONE
 
 #: Query rows of a block, and elements of a block of scores: two such blocks stay in the second cache.
-ROWS = 128
+ROWS = 64
 ELEMENTS = 1 << 18
 
 
@@ -56,10 +56,11 @@ def _step(x: torch.Tensor, axis: int) -> int:
 class _Pass:
     """The native half of a call, what keeps its addresses alive, and the scratch."""
 
-    def __init__(self, given: Inputs, lse: torch.Tensor, delta: torch.Tensor | None) -> None:
+    def __init__(self, given: Inputs, lse: torch.Tensor, delta: torch.Tensor | None, threads: int) -> None:
         B, H, T, _ = given.query.shape
         S, rule, where = given.key.shape[2], given.rule, given.where
-        self.T, self.S, self.rule = T, S, rule
+        self.H = H
+        self.blocks = list(_blocks(T, S, rule))
         bias = given.bias
         if bias is not None:
             bias = bias.detach().to(torch.bool if bias.dtype == torch.bool else torch.float32)
@@ -94,22 +95,19 @@ class _Pass:
             rule.keys_key,
             # With every key dropped each row keeps all; 65536 does not fit the kernel's 16 bits.
             0 if rule.drop_keys == ONE else rule.drop_keys,
-            torch.get_num_threads(),
+            torch.get_num_threads() if threads == 1 else 1,
         )
 
-    def blocks(self, backward: bool) -> Iterator[tuple[slice, slice]]:
-        """Yield (query rows, keys that any of them may see); from the last rows on if `backward`, so that the
-        first block of a causal pass has all keys.
-        """
-        T, S, rule = self.T, self.S, self.rule
-        starts = range(0, T, ROWS)
-        for first in reversed(starts) if backward else starts:
-            last = min(T, first + ROWS)
-            low, high = 0, min(S, last) if rule.causal else S
-            if rule.window:
-                low = min(S, max(0, first - rule.window + 1) // 64 * 64)
-                high = max(low, min(high, last + rule.window - 1))
-            yield slice(first, last), slice(low, high)
+
+def _blocks(T: int, S: int, rule: Rule) -> Iterator[tuple[slice, slice]]:
+    """Yield (query rows, keys that any of them may see)."""
+    for first in range(0, T, ROWS):
+        last = min(T, first + ROWS)
+        low, high = 0, min(S, last) if rule.causal else S
+        if rule.window:
+            low = min(S, max(0, first - rule.window + 1) // 64 * 64)
+            high = max(low, min(high, last + rule.window - 1))
+        yield slice(first, last), slice(low, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,41 +119,47 @@ class _Heads:
     tensors: list[torch.Tensor]  # (heads, T, .)
 
 
-def _together(
-    by_query: Sequence[torch.Tensor], by_key: Sequence[torch.Tensor], apart: bool
-) -> Iterator[tuple[list[torch.Tensor], list[_Heads]]]:
-    """Yield tensors of some key heads, (heads, S, .), and with each the query heads that read them.
+def _parts(
+    by_query: Sequence[torch.Tensor], by_key: Sequence[torch.Tensor], rule: Rule, apart: bool
+) -> list[tuple[list[torch.Tensor], list[_Heads]]]:
+    """Return tensors of some key heads, (heads, S, .), and with each the query heads that read them.
 
     Rows of the batch are worked on together where memory allows one axis for row and head, unless `apart`.
     """
-    H, N = by_query[0].shape[1], by_key[0].shape[1]
-    T, S = by_query[0].shape[2], by_key[0].shape[2]
-    some = max(1, ELEMENTS // (min(T, ROWS) * max(S, 1)))
+    (B, H, T), (N, S) = by_query[0].shape[:3], by_key[0].shape[1:3]
     G = H // N
-    batches: list[tuple[list[torch.Tensor], list[_Heads]]] = []
-    if G == 1 and not apart:
-        try:
-            batches = [
-                (
-                    [x.view(-1, *x.shape[2:]) for x in by_key],
-                    [_Heads(0, 1, [x.view(-1, *x.shape[2:]) for x in by_query])],
-                )
-            ]
-        except RuntimeError:  # strides that do not join
-            pass
-    if not batches:
+    joined = [_joined(x) for x in (*by_key, *by_query)] if G == 1 and not apart else [None]
+    if all(x is not None for x in joined):
+        flat = [x for x in joined if x is not None]
+        batches = [(flat[: len(by_key)], [_Heads(0, 1, flat[len(by_key) :])])]
+    else:
         batches = [
             ([x[b] for x in by_key], [_Heads(b * H + g, G, [x[b, g::G] for x in by_query]) for g in range(G)])
-            for b in range(by_query[0].shape[0])
+            for b in range(B)
         ]
+    width = (
+        min(S, rule.window + ROWS + 64 if rule.causal else 2 * rule.window + ROWS + 64) if rule.window else S
+    )
+    most = max(1, ELEMENTS // (min(T, ROWS) * max(width, 1)))
+    # Enough parts for all threads.
+    most = min(most, max(1, B * N // torch.get_num_threads()))
+    found = []
     for keys, heads in batches:
         count = keys[0].shape[0]
+        some = -(-count // -(-count // most))  # parts alike in size
         for low in range(0, count, some):
-            high = min(count, low + some)
-            yield (
-                [x[low:high] for x in keys],
-                [_Heads(h.first + low * h.step, h.step, [x[low:high] for x in h.tensors]) for h in heads],
-            )
+            cut = slice(low, low + some)
+            readers = [_Heads(h.first + low * h.step, h.step, [x[cut] for x in h.tensors]) for h in heads]
+            found.append(([x[cut] for x in keys], readers))
+    return found
+
+
+def _joined(x: torch.Tensor) -> torch.Tensor | None:
+    """Row and head as one axis, where the strides allow it."""
+    try:
+        return x.view(-1, *x.shape[2:])
+    except RuntimeError:
+        return None
 
 
 class _Scratch:
@@ -174,92 +178,115 @@ class _Scratch:
 
 def forward(given: Inputs, out: torch.Tensor) -> torch.Tensor:
     """Write the result into `out` and return the log of the sum of exponentials of each row, (B, H, T)."""
-    B, H, T, _ = given.query.shape
-    lse = torch.empty((B, H, T))
-    work, scratch = _Pass(given, lse, None), _Scratch()
+    lse = torch.empty(given.query.shape[:3])
+    parts = _parts([given.query, out], [given.key, given.value], given.rule, False)
+    threads = team.size(len(parts))
+    work = _Pass(given, lse, None, threads)
     W = out.shape[3]
-    with torch.autocast("cpu", enabled=False):
-        for (k, v), readers in _together([given.query, out], [given.key, given.value], False):
-            k, v = k.float(), v.float()
-            n = k.shape[0]
+
+    def some(numbers: Iterator[int]) -> None:
+        scratch = _Scratch()
+        for number in numbers:
+            (k, v), readers = parts[number]
+            k, v, n = k.float(), v.float(), k.shape[0]
             for heads in readers:
                 q, o = heads.tensors
-                for rows, keys in work.blocks(backward=False):
+                for rows, keys in work.blocks:
                     height, width = rows.stop - rows.start, keys.stop - keys.start
                     s = scratch("scores", n, height, width)
                     torch.bmm(q[:, rows].float(), k[:, keys].transpose(1, 2), out=s)
-                    work.native.forward(
-                        s.data_ptr(), (n, height, width), (heads.first, heads.step, rows.start, keys.start)
-                    )
+                    at = heads.first, heads.step, rows.start, keys.start
+                    work.native.forward(s.data_ptr(), (n, height, width), at)
                     o[:, rows].copy_(torch.bmm(s, v[:, keys], out=scratch("product", n, height, W)))
+
+    with torch.autocast("cpu", enabled=False):
+        team.run(some, len(parts), threads)
     return lse
 
 
 def backward(
     given: Inputs, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, of_bias: bool, of_sinks: bool
 ) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of query, key, value, bias and sinks."""
+    """Return the gradients of query, key, value, bias (not at a scale of 0) and sinks."""
     query, key, value, bias = given.query, given.key, given.value, given.bias
     delta = torch.empty_like(lse)
-    work, scratch = _Pass(given, lse, delta), _Scratch()
-    scale = given.rule.scale
     for_query, for_key, for_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     for_bias = None
     if of_bias and bias is not None:
         for_bias = torch.zeros((1,) * (4 - bias.dim()) + tuple(bias.shape))
-    K, W, S = query.shape[3], value.shape[3], key.shape[2]
     by_query, by_key = [query, grad, out, for_query], [key, value, for_key, for_value]
+    parts = _parts(by_query, by_key, given.rule, for_bias is not None)
+    # Parts share the bias, and a sum must not depend on who comes first.
+    threads = 1 if for_bias is not None else team.size(len(parts))
+    work = _Pass(given, lse, delta, threads)
+
+    def some(numbers: Iterator[int]) -> None:
+        scratch = _Scratch()
+        for number in numbers:
+            _backward_part(work, scratch, *parts[number], for_bias)
+
     with torch.autocast("cpu", enabled=False):
-        for (k, v, to_k, to_v), readers in _together(by_query, by_key, for_bias is not None):
-            k, v = k.float(), v.float()
-            n = k.shape[0]
-            sum_k, sum_v, fresh = scratch("keys", n, S, K), scratch("values", n, S, W), True
-            for heads in readers:
-                q, up, o, to_q = heads.tensors
-                for rows, keys in work.blocks(backward=True):
-                    height, width = rows.stop - rows.start, keys.stop - keys.start
-                    s, g = scratch("scores", n, height, width), scratch("grads", n, height, width)
-                    q_rows, up_rows, o_rows = q[:, rows].float(), up[:, rows].float(), o[:, rows].float()
-                    if up_rows.stride(2) != 1:
-                        up_rows = up_rows.contiguous()
-                    torch.bmm(q_rows, k[:, keys].transpose(1, 2), out=s)
-                    torch.bmm(up_rows, v[:, keys].transpose(1, 2), out=g)
-                    work.native.backward(
-                        s.data_ptr(),
-                        g.data_ptr(),
-                        (n, height, width),
-                        (heads.first, heads.step, rows.start, keys.start),
-                        up_rows.data_ptr(),
-                        up_rows.stride()[:2],
-                        o_rows.data_ptr(),
-                        o_rows.stride()[:2],
-                        W,
-                    )
-                    if for_bias is not None:
-                        _add_bias(for_bias, g, heads, given.query.shape[1], rows, keys)
-                    product = torch.bmm(g, k[:, keys], out=scratch("product", n, height, K))
-                    torch.mul(product, scale, out=product)
-                    to_q[:, rows].copy_(product)
-                    if fresh and width == S:
-                        torch.bmm(s.transpose(1, 2), up_rows, out=sum_v)
-                        torch.bmm(g.transpose(1, 2), q_rows, out=sum_k)
-                    else:
-                        if fresh:
-                            sum_k.zero_()
-                            sum_v.zero_()
-                        sum_v[:, keys].baddbmm_(s.transpose(1, 2), up_rows)
-                        sum_k[:, keys].baddbmm_(g.transpose(1, 2), q_rows)
-                    fresh = False
-            to_k.copy_(sum_k.mul_(scale))
-            to_v.copy_(sum_v)
+        team.run(some, len(parts), threads)
     for_sinks = None
     if of_sinks and given.sinks is not None:
         # The sink's share of a row's mass; no value stands behind it, so its gradient is minus delta's part.
         share = torch.exp(given.sinks.detach().float()[None, :, None] - lse)
         for_sinks = -(share * delta).sum(dim=(0, 2)).to(given.sinks.dtype)
     if for_bias is not None and bias is not None:
-        for_bias = for_bias.reshape(bias.shape).to(bias.dtype)
+        for_bias = for_bias.div_(given.rule.scale).reshape(bias.shape).to(bias.dtype)
     return for_query, for_key, for_value, for_bias, for_sinks
+
+
+def _backward_part(
+    work: _Pass,
+    scratch: _Scratch,
+    by_key: list[torch.Tensor],
+    readers: list[_Heads],
+    for_bias: torch.Tensor | None,
+) -> None:
+    """Write the gradients of some key heads and of the query heads that read them."""
+    k, v, to_k, to_v = by_key
+    k, v = k.float(), v.float()
+    n, S, K = k.shape
+    W = v.shape[2]
+    sum_k, sum_v, fresh = scratch("keys", n, S, K), scratch("values", n, S, W), True
+    for heads in readers:
+        q, up, o, to_q = heads.tensors
+        # From the last rows on, so that the first block of a causal pass has all keys.
+        for rows, keys in reversed(work.blocks):
+            height, width = rows.stop - rows.start, keys.stop - keys.start
+            s, g = scratch("scores", n, height, width), scratch("grads", n, height, width)
+            q_rows, up_rows, o_rows = q[:, rows].float(), up[:, rows].float(), o[:, rows].float()
+            if up_rows.stride(2) != 1:
+                up_rows = up_rows.contiguous()
+            torch.bmm(q_rows, k[:, keys].transpose(1, 2), out=s)
+            torch.bmm(up_rows, v[:, keys].transpose(1, 2), out=g)
+            work.native.backward(
+                s.data_ptr(),
+                g.data_ptr(),
+                (n, height, width),
+                (heads.first, heads.step, rows.start, keys.start),
+                up_rows.data_ptr(),
+                up_rows.stride()[:2],
+                o_rows.data_ptr(),
+                o_rows.stride()[:2],
+                W,
+            )
+            if for_bias is not None:
+                _add_bias(for_bias, g, heads, work.H, rows, keys)
+            to_q[:, rows].copy_(torch.bmm(g, k[:, keys], out=scratch("product", n, height, K)))
+            if fresh and width == S:
+                torch.bmm(s.transpose(1, 2), up_rows, out=sum_v)
+                torch.bmm(g.transpose(1, 2), q_rows, out=sum_k)
+            else:
+                if fresh:
+                    sum_k.zero_()
+                    sum_v.zero_()
+                sum_v[:, keys].baddbmm_(s.transpose(1, 2), up_rows)
+                sum_k[:, keys].baddbmm_(g.transpose(1, 2), q_rows)
+            fresh = False
+    to_k.copy_(sum_k)
+    to_v.copy_(sum_v)
 
 
 def _add_bias(
