@@ -48,3 +48,9 @@ def test_what_is_compiled_for_a_gpu_moves_16_bytes_at_once_and_no_decision_betwe
     assert "ld.global.v4.b32" in text and "st.global.v4.b32" in text and ".shared" not in text
     # 16 elements a thread: one Philox call for 8 of them is 20 high products each, less those of whole rows.
     assert 30 <= text.count("mul.hi.u32") <= 40
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run python -m benchmarks.gpu")
+def test_the_benchmark_says_in_one_line_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main()
+    assert capsys.readouterr().out == "no GPU is at hand: the Triton kernels were not measured\n"
