@@ -21,9 +21,10 @@ from twodice.kernels.attention_reference import Rule
 from twodice.kernels.dropout_layout import Coordinates
 from twodice.random.draws import ONE
 
-#: Query rows of a block, and elements of a block of scores: two such blocks stay in the second cache.
-ROWS = 64
-ELEMENTS = 1 << 18
+#: Query rows of a block (half of them with few keys, as less of a causal block then lies beyond the diagonal)
+#: and elements of a block of scores: small enough for the caches, large enough for few calls.
+ROWS = 128
+ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,16 @@ class _Pass:
         )
 
 
+def _rows(T: int, S: int) -> int:
+    """How many query rows a block has."""
+    return min(T, ROWS if S > 2 * ROWS else max(1, ROWS // 2))
+
+
 def _blocks(T: int, S: int, rule: Rule) -> Iterator[tuple[slice, slice]]:
     """Yield (query rows, keys that any of them may see)."""
-    for first in range(0, T, ROWS):
-        last = min(T, first + ROWS)
+    rows = _rows(T, S)
+    for first in range(0, T, rows):
+        last = min(T, first + rows)
         low, high = 0, min(S, last) if rule.causal else S
         if rule.window:
             low = min(S, max(0, first - rule.window + 1) // 64 * 64)
@@ -137,10 +144,9 @@ def _parts(
             ([x[b] for x in by_key], [_Heads(b * H + g, G, [x[b, g::G] for x in by_query]) for g in range(G)])
             for b in range(B)
         ]
-    width = (
-        min(S, rule.window + ROWS + 64 if rule.causal else 2 * rule.window + ROWS + 64) if rule.window else S
-    )
-    most = max(1, ELEMENTS // (min(T, ROWS) * max(width, 1)))
+    rows = _rows(T, S)
+    width = min(S, rule.window * (1 if rule.causal else 2) + rows + 64) if rule.window else S
+    most = max(1, ELEMENTS // (rows * max(width, 1)))
     # Enough parts for all threads.
     most = min(most, max(1, B * N // torch.get_num_threads()))
     found = []
