@@ -19,6 +19,15 @@ from twodice.dropout.wrappers import at, join, module_at
 #: Names in a forward that reach children in ways that names do not show.
 _BY_OTHER_MEANS = frozenset(("getattr", "children", "named_children", "modules", "_modules", "__dict__"))
 
+#: Modules that drop whole channels -> the axes of what they are given.
+_CHANNELS = {nn.Dropout1d: "bct", nn.Dropout2d: "bchw"}
+#: Modules of an nn.Sequential behind which a tensor has the axes that it had before, in this order.
+_KEEPS_AXES = (
+    nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Identity, nn.GroupNorm,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.modules.dropout._DropoutNd,
+)  # fmt: skip
+
 
 def of_form(found: Inventory, stack: Stack, where: dict[int, str]) -> None:
     """Record the own rates that the row of a stack names."""
@@ -56,6 +65,9 @@ def _one(
             above, through = above.rpartition(".")[0], "config"
         holder = module_at(start, above)
         assert holder is not None
+        kind = type(holder)
+        if not kind.__module__.startswith("torch.") and attribute not in reading.named_in_forward(kind):
+            return  # OPT's decoder keeps a rate for its embedding and never drops it
         module, rate = holder, float(value)
     else:
         return  # nothing in this place, or nn.Identity
@@ -92,6 +104,7 @@ def collect(found: Inventory, modules: list[tuple[str, nn.Module]]) -> None:
     _dead(found, modules)
     known = {(id(own.module), own.attribute) for own in found.own}
     quiet = {id(own.module) for own in found.own if not own.called} | set(found.silent)
+    axes = _axes(modules)
     weights = {id(place.module) for place in found.places if place.tensor == "probabilities"}
     attended = {
         id(place.module): place.name
@@ -109,13 +122,22 @@ def collect(found: Inventory, modules: list[tuple[str, nn.Module]]) -> None:
                 called = id(module) not in found.silent
                 found.own.append(OwnDropout(path, module, module.p, None, called=called))
             if id(module) not in quiet:
-                layout = "bhts" if id(module) in weights else _layout(found, path)
+                layout = "bhts" if id(module) in weights else axes.get(id(module)) or _layout(found, path)
                 found.add("dropout", path, module, "output", layout=layout)
         elif isinstance(module, nn.modules.dropout._DropoutNd):
             found.own.append(OwnDropout(path, module, module.p, None))
+            layout = _CHANNELS.get(type(module))
+            if layout is None:
+                what = f"{type(module).__name__} drops in a way that has no kind: left alone"
+                found.undecided.append((path, what))
+            else:
+                found.add("dropout", path, module, "channels", layout=layout)
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             if module.dropout > 0 and (id(module), "dropout") not in known:
                 found.own.append(OwnDropout(path, module, float(module.dropout), None, "dropout"))
+            if isinstance(module, nn.RNNBase) and module.num_layers > 1:
+                flow = "btc" if module.batch_first else "tbc"
+                found.add("dropout", path, module, "recurrent", layout=flow)
         else:
             for name, rate in reading.rates_read(module).items():
                 if (id(module), name) not in known:
@@ -124,6 +146,24 @@ def collect(found: Inventory, modules: list[tuple[str, nn.Module]]) -> None:
                     )
             _random(found, path, module)
     _phantoms(found, modules)
+
+
+def _axes(modules: list[tuple[str, nn.Module]]) -> dict[int, str]:
+    """Axes of the tensors that pass an nn.Dropout in an nn.Sequential, by the convolution before it."""
+    found: dict[int, str] = {}
+    for _, module in modules:
+        if not isinstance(module, nn.Sequential):
+            continue
+        layout = None
+        for child in module:
+            if isinstance(child, nn.Conv1d | nn.Conv2d):
+                layout = "bct" if isinstance(child, nn.Conv1d) else "bchw"
+            elif isinstance(child, nn.Dropout):
+                if layout is not None:
+                    found[id(child)] = layout
+            elif not isinstance(child, _KEEPS_AXES):
+                layout = None
+    return found
 
 
 def _layout(found: Inventory, path: str) -> str | None:

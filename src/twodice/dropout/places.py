@@ -56,8 +56,9 @@ class Place:
         (N, k) and their weights, runs each expert in a loop, and has no module at this tensor; its forward,
         or the function that its config's ``_experts_implementation`` names, must be put in place of it;
         a row keeps its example and position, column j of expert e is ``e * width + j``), ``lookup`` (rows of
-        an nn.Embedding), ``block`` (a whole layer), ``skip`` (the stream beside a branch), ``weight`` (the
-        parameter ``extra["parameter"]`` of the module).
+        an nn.Embedding), ``block`` (a whole layer), ``skip`` (the stream beside a branch), ``channels``
+        (the output of an nn.Dropout1d or 2d: one decision for a whole channel of an example), ``weight``
+        (the parameter ``extra["parameter"]`` of the module).
     layout : str or None
         Axes, None where only the shape at run time tells.
     stack : str or None
@@ -67,8 +68,7 @@ class Place:
         attention function of the module's own file); ``stream``, ``stream_is`` and ``between`` (for
         ``skip``: the module whose first argument is the stream, and the own rates, as (module, attribute),
         that lie between the branch and the sum); ``experts`` and ``width``; ``parameter`` and ``tied``
-        (paths of other modules with the same parameter); ``channels`` (an nn.Dropout1d and its kin, which
-        drop whole channels).
+        (paths of other modules with the same parameter).
     """
 
     name: str

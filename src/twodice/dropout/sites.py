@@ -214,10 +214,9 @@ class _Search:
             return
         for condition, wanted in branch.weights_if:
             if at(block, condition) != wanted:
-                where = self.where[id(dropped)]
                 got = f"{condition.removeprefix('config._').removeprefix('config.')}={at(block, condition)!r}"
                 found.undecided.append(
-                    (path, f"{got}: the weights do not pass {where!r}; no site of attention")
+                    (path, f"{got}: the weights do not pass {branch.weights!r}; no site of attention")
                 )
                 reads = condition.endswith("_attn_implementation")
                 found.silent[id(dropped)] = None if reads else f"with {got} nothing reads it"
