@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from twodice.dropout.maxnorm import max_norm_ as max_norm_
     from twodice.dropout.plan import DropoutPlan as DropoutPlan
     from twodice.dropout.rdrop import r_drop_loss as r_drop_loss
+    from twodice.dropout.trainer_callback import DropoutCallback as DropoutCallback
     from twodice.errors import TwodiceError as TwodiceError
     from twodice.random.keys import Key as Key
     from twodice.sampling.params import SamplingParams as SamplingParams
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DropoutCallback": "twodice.dropout.trainer_callback",
     "DropoutPlan": "twodice.dropout.plan",
     "Handle": "twodice.dropout.attach",
     "Key": "twodice.random.keys",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DropoutCallback",
     "DropoutPlan",
     "Handle",
     "Key",
