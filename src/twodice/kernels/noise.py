@@ -290,16 +290,26 @@ def _by_dropout(
     each row as one call for each run of equal steps.
     """
     B, _, T, C = sizes(x, layout)
-    where = coordinates(x, layout, examples, positions, key_positions)
-    example = None if examples is None else where.example.expand(B, 1, T)[:, 0]
-    position = None if positions is None else where.position[:, 0]
-    column = None if where.column is None else where.column[:, 0, 0] // noise.block
-    if x.is_cpu and (noise.locked or column is not None):
-        _check_given(where, noise)  # the kernel sees other numbers than those that were given
+    example: torch.Tensor | None
+    position: torch.Tensor | None
+    column: torch.Tensor | None = None
+    if layout == "nc" or key_positions is not None:
+        where = coordinates(x, layout, examples, positions, key_positions)
+        if x.is_cpu:
+            _check_given(where, noise)  # the kernel sees other numbers than those that were given
+        example, position = where.example[:, 0], where.position[:, 0]
+        column = None if where.column is None else where.column[:, 0, 0] // noise.block
+    else:
+        example = None if examples is None else spread("examples", examples, x, layout, B, T)
+        position = None if positions is None else spread("positions", positions, x, layout, B, T)
+    if example is not None and example.shape != (B, T):
+        example = example.expand(B, T)
     if noise.locked:
-        position = torch.zeros(1, T, dtype=torch.int64, device=x.device)
+        if position is not None and x.is_cpu:
+            check_bounds("position", position)
+        position = _zeros(T, x.device)
     if column is None and noise.block > 1:
-        column = (torch.arange(C, device=x.device) // noise.block)[None]
+        column = _blocks(C, noise.block, x.device)
     y = torch.empty_like(x)
     into, out_of = _canonical(y, layout), _canonical(x, layout)
     if into is None or out_of is None:
@@ -307,10 +317,18 @@ def _by_dropout(
         return y.copy_(
             _by_dropout(plain, threshold, key, step, examples, positions, key_positions, layout, noise)
         )
-    for rows, one in _runs(step, B):
+    if not isinstance(step, torch.Tensor) or step.dim() == 0:
+        bernoulli.dropout(
+            out_of, threshold, key, step,
+            examples=example, positions=position, key_positions=column, layout="bhts", out=into,
+        )  # fmt: skip
+        return y
+    if example is None:
+        example = torch.arange(B, device=x.device)[:, None].expand(B, T)
+    for rows, one in _runs(step):
         bernoulli.dropout(
             out_of[rows], threshold, key, one,
-            examples=torch.arange(B, device=x.device)[rows] if example is None else example[rows],
+            examples=example[rows],
             positions=position if position is None or position.shape[0] == 1 else position[rows],
             key_positions=column if column is None or column.shape[0] == 1 else column[rows],
             layout="bhts", out=into[rows],
@@ -318,10 +336,22 @@ def _by_dropout(
     return y
 
 
-def _runs(step: int | torch.Tensor, rows: int) -> list[tuple[slice, int | torch.Tensor]]:
+@lru_cache(maxsize=64)
+def _zeros(positions: int, device: torch.device) -> torch.Tensor:
+    """The positions of locked noise; every step of a training asks for the same."""
+    with torch.inference_mode(False):
+        return torch.zeros(1, positions, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _blocks(columns: int, block: int, device: torch.device) -> torch.Tensor:
+    """The column of the decision for each column."""
+    with torch.inference_mode(False):
+        return (torch.arange(columns, device=device) // block)[None]
+
+
+def _runs(step: torch.Tensor) -> list[tuple[slice, int]]:
     """Neighbouring rows with one step, and that step."""
-    if not isinstance(step, torch.Tensor) or step.dim() == 0:
-        return [(slice(0, rows), step)]
     values, counts = torch.unique_consecutive(step, return_counts=True)
     ends = counts.cumsum(0).tolist()
     return [
