@@ -179,10 +179,13 @@ class _Search:
         found.add("residual", path, added, "output", part=branch.part, layout=layout, **rest)
         scale = next((s for s in table.SCALES if getattr(block, s, 1.0) != 1.0), None)
         stream = None if branch.stream is None else module_at(block, branch.stream)
-        if stream is None or scale is not None:
-            why = (
-                "the identity path is that of two branches" if scale is None else f"{scale} scales the branch"
-            )
+        strange = _unknown_dropout(stack, block)
+        if stream is None or scale is not None or strange is not None:
+            why = "the identity path is that of two branches"
+            if scale is not None:
+                why = f"{scale} scales the branch"
+            elif strange is not None:
+                why = f"{strange!r} may lie between the branch and the sum"
             found.undecided.append((path, f"{why}: no site of skip"))
             return
         extra = {"stream": stream, "stream_is": "input", "between": ()}
@@ -316,6 +319,15 @@ class _Search:
             self.found.add("output", self.where[id(norm)], norm, "output", layout=flow, stack=stack.name)
         elif form is None or not form.shared:
             self.found.undecided.append((stack.path, "no final norm was found: no site of output"))
+
+
+def _unknown_dropout(stack: Stack, block: nn.Module) -> str | None:
+    """Return the name of an nn.Dropout of a block of which its row does not say what it drops."""
+    if stack.form is None:
+        return None
+    known = {path.partition(".")[0] for path in (*stack.form.own, *stack.form.may)}
+    strange = (n for n, child in block.named_children() if isinstance(child, nn.Dropout) and n not in known)
+    return next(strange, None)
 
 
 def heads(module: nn.Module) -> int | None:

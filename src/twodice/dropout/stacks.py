@@ -126,6 +126,7 @@ def stacks_of(root: nn.Module) -> list[Stack]:
         if not hasattr(paths[base], "get_input_embeddings"):
             base = owner
         name = next((n for n in ("encoder", "decoder") if n in owner.split(".")), None)
+        name = None if sum(name in other.split(".") for other in found) > 1 else name
         result.append(
             Stack(
                 name if len(found) > 1 else None,

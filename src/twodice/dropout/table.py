@@ -409,6 +409,7 @@ FORMS = (
             "attention.attention_dropout": ("attention",),
             "attention.output_dropout": ("residual.attention",),
         },
+        may=("dropout",),
         embedding=".embedding_hidden_mapping_in",
         up=2,
         shared=True,
@@ -507,7 +508,7 @@ FORMS = (
 # --- Names for blocks that fit no row: what a child that is called so is. ---
 
 ATTENTION = ("self_attn", "self_attention", "attn", "attention", "SelfAttention")
-FEED_FORWARD = ("mlp", "ffn", "feed_forward", "feedforward", "ff")
+FEED_FORWARD = ("mlp", "ffn", "feed_forward", "feedforward", "ff", "intermediate")
 PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "o", "out_lin", "proj")
 LAST = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "wo", "Wo", "w2", "lin2", "linear2", "fc_out")
 FINAL_NORM = (
