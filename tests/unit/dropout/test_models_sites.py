@@ -350,6 +350,19 @@ def test_every_own_rate_is_found_and_off_it_is_off(name: str) -> None:
         assert not own.shared or (own.feeds in own.shared and len(own.shared) > 1)
 
 
+def activations(model: nn.Module, batch: dict[str, Any], found: Inventory, near: Place) -> list[torch.Tensor]:
+    """The activation in the block of another place, in two forwards."""
+    place = next(
+        p for p in found.places if (p.kind, p.layer, p.stack) == ("activation", near.layer, near.stack)
+    )
+    seen: list[torch.Tensor] = []
+    handle = place.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    for _ in range(2):
+        logits(model, batch)
+    handle.remove()
+    return seen
+
+
 @STACKED
 def test_every_own_rate_names_the_sites_that_it_feeds(name: str) -> None:
     model, batch = ZOO[name](**rates_of(name, 0.4))
@@ -380,6 +393,9 @@ def test_every_own_rate_names_the_sites_that_it_feeds(name: str) -> None:
         with torch.random.fork_rng(), ExitStack() as stack:
             torch.manual_seed(5)
             assert not torch.allclose(logits(model, batch), logits(model, batch), atol=1e-4), what
+            if {(place.kind, place.part) for place in fed} == {("residual", "mlp")}:
+                # What feeds the branch's result leaves the input of its last linear alone.
+                assert torch.equal(*activations(model, batch, found, fed[0])), what
             for place in fed:
                 # Weights of attention are out of reach here; at zero heads nothing of them is left.
                 cut = heads[place.path, place.part] if place.kind == "attention" else place
