@@ -17,6 +17,7 @@ PAGES = [
     ("randomness", "R", 1, "6627e8d5", "6627e8d6"),
     ("dropout", "D", 1, "0.375", "0.376"),
     ("sampling", "S", 0, "[1, 3, 0, 2]", "[1, 3, 2, 0]"),
+    ("attention", "A", 1, "0.821", "0.822"),
     ("noise", "N", 1, "37f0357d", "37f0357e"),
 ]
 OPTIONS = doctest.IGNORE_EXCEPTION_DETAIL | doctest.ELLIPSIS

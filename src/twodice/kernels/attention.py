@@ -105,9 +105,11 @@ def attention(
         for t in (threshold, drop_keys):
             if not 0 <= t <= ONE:
                 raise ConfigError(f"a threshold must be in [0, {ONE}]; got {t}")
-    if isinstance(step, int):
+    if isinstance(step, torch.Tensor):
+        steps = step.to(query.device, torch.int64).reshape(-1)
+    else:
         check_bound("step", step)
-    steps = torch.as_tensor(step, dtype=torch.int64, device=query.device).reshape(-1)
+        steps = torch.full((1,), step, dtype=torch.int64, device=query.device)
     if steps.shape[0] not in (1, query.shape[0]):
         raise ShapeError(f"step must be one number or one a row (B = {query.shape[0]}); got {steps.shape[0]}")
     rule = Rule(
