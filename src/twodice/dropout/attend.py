@@ -33,8 +33,8 @@ def attention(
     scale: float | None = None,
     drop_keys: float | torch.Tensor = 0.0,
     examples: torch.Tensor | Sequence[int] | None = None,
-    positions: torch.Tensor | Sequence[Sequence[int]] | None = None,
-    key_positions: torch.Tensor | Sequence[Sequence[int]] | None = None,
+    positions: torch.Tensor | Sequence[int] | None = None,
+    key_positions: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Attend with weights dropped at rate `p`, without keeping a (T, S) tensor for the backward pass.
 
