@@ -1,4 +1,4 @@
-"""The team of threads does each part once, leaves torch's settings alone, and raises what its members raise."""
+"""The team of threads does each part once, leaves torch as it was, and raises what its members raise."""
 
 from __future__ import annotations
 
