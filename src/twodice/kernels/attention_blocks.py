@@ -99,6 +99,10 @@ class _Pass:
             torch.get_num_threads() if threads == 1 else 1,
         )
 
+    def floats(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values in float32, and without gaps where enough blocks read them again."""
+        return x.float() if len(self.blocks) <= 2 else x.float().contiguous()
+
 
 def _rows(T: int, S: int) -> int:
     """How many query rows a block has."""
@@ -194,7 +198,7 @@ def forward(given: Inputs, out: torch.Tensor) -> torch.Tensor:
         scratch = _Scratch()
         for number in numbers:
             (k, v), readers = parts[number]
-            k, v, n = k.float(), v.float(), k.shape[0]
+            k, v, n = work.floats(k), work.floats(v), k.shape[0]
             for heads in readers:
                 q, o = heads.tensors
                 for rows, keys in work.blocks:
@@ -252,7 +256,7 @@ def _backward_part(
 ) -> None:
     """Write the gradients of some key heads and of the query heads that read them."""
     k, v, to_k, to_v = by_key
-    k, v = k.float(), v.float()
+    k, v = work.floats(k), work.floats(v)
     n, S, K = k.shape
     W = v.shape[2]
     sum_k, sum_v, fresh = scratch("keys", n, S, K), scratch("values", n, S, W), True
