@@ -13,7 +13,7 @@ import torch
 
 from twodice.kernels import attention_blocks as blocks
 from twodice.kernels import dispatch
-from twodice.kernels.attention_reference import Rule, attention_reference
+from twodice.kernels.attention_reference import Rule, attention_reference, gradients_reference
 from twodice.kernels.dropout_layout import Coordinates, coordinates
 from twodice.random.draws import ONE, check_bounds
 
@@ -119,12 +119,4 @@ def backward(
         return attention_triton.backward(
             grad, out, lse, query, key, value, bias, sinks, steps, where, rule, needs
         )
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        b, s = (None if x is None else x.detach().requires_grad_() for x in inputs[3:])
-        result, _ = attention_reference(
-            q, k, v, bias if b is None else b, sinks if s is None else s, steps, where, rule
-        )
-        wanted = [x for x in (q, k, v, b, s) if x is not None]
-        found = iter(torch.autograd.grad(result, wanted, grad))
-    return tuple(None if x is None else next(found) for x in inputs)
+    return gradients_reference(grad, query, key, value, bias, sinks, steps, where, rule, of_bias, of_sinks)

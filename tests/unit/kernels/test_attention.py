@@ -14,6 +14,8 @@ from twodice.errors import ConfigError, ShapeError
 from twodice.kernels import attention_blocks as blocks
 from twodice.kernels import dispatch
 from twodice.kernels.attention import attention
+from twodice.kernels.attention_passes import coordinates_of
+from twodice.kernels.attention_reference import Rule, attention_reference, gradients_reference
 from twodice.kernels.dropout import dropout
 from twodice.random.keys import Key
 
@@ -143,6 +145,27 @@ def test_half_types_are_computed_in_float32(name: str, dtype: torch.dtype) -> No
         # Only what goes in and comes out is rounded, to 8 or 11 bits.
         error = float((ours.double() - wide).abs().max() / wide.abs().max())
         assert error < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_twins_gradients_are_those_of_its_result(name: str) -> None:
+    shape, extra, options = CASES[name]
+    q, k, v = (x.double().requires_grad_() for x in inputs(*shape))
+    more = {key: x.double().requires_grad_() for key, x in extra.items()}
+    bias = more.get("bias", options.get("bias"))
+    numbers = {key: options.get(key) for key in ("examples", "positions", "key_positions")}
+    where, step = coordinates_of(q, k.shape[2], **numbers), torch.tensor([STEP])
+    rule = Rule(
+        options.get("scale", 0.3), options.get("causal", False), options.get("window", 0),
+        options.get("softcap", 0.0), T, KEY, options.get("drop_keys", 0), 5,
+    )  # fmt: skip
+    given = q, k, v, bias, more.get("sinks"), step, where, rule
+    y, _ = attention_reference(*given)
+    up = values(*y.shape, seed=9).double()
+    found = gradients_reference(up, *given, "bias" in more, "sinks" in more)
+    expected = torch.autograd.grad(y, [q, k, v, *more.values()], up)
+    for ours, plain in zip([x for x in found if x is not None], expected, strict=True):
+        torch.testing.assert_close(ours.detach(), plain)
 
 
 def mask_of(B: int, H: int, n: int, threshold: int, **options: Any) -> torch.Tensor:
