@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.support.tiny_models import VOCABULARY, tiny_model
 
 import twodice
