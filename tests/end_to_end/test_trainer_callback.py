@@ -87,6 +87,31 @@ def test_any_accumulation_has_the_same_masks(tmp_path: Path) -> None:
     assert float((ends[3] - ends[0]).abs().max()) > 1e-2 * moved
 
 
+class CountsOwnRows(DropoutCallback):
+    """Saboteur: each rank, and each micro-batch, counts its rows from 0."""
+
+    def _enter(self, args: Any, state: Any) -> None:
+        self._micro = 0
+        super()._enter(SimpleNamespace(world_size=1, process_index=0), state)
+
+
+def test_two_ranks_end_with_the_weights_of_one(tmp_path: Path) -> None:
+    """2 x 2 rows, accumulated twice, on two processes (DDP, gloo) against 2 rows, four times, in one."""
+    from safetensors.torch import load_file
+    from tests.support.rank_trainers import work
+
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.rank_trainers", str(tmp_path), "2"],
+        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = load_file(tmp_path / "end.safetensors")["all"]
+    one, wrong = work(tmp_path, 1), work(tmp_path, 1, CountsOwnRows)
+    moved = float((one - weights(tiny_model())).abs().max())
+    assert float((two - one).abs().max()) < 1e-4 * moved
+    assert float((wrong - one).abs().max()) > 1e-2 * moved
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_bit(reentrant: bool, tmp_path: Path) -> None:
     plain = trained(tmp_path / "a", DropoutCallback(PLAN, seed=5), max_steps=2)
@@ -241,3 +266,31 @@ def test_training_with_compiled_code_has_the_masks_of_eager(tmp_path: Path) -> N
     torch._dynamo.reset()
     near, far = (float((weights(t.model) - weights(plain.model)).abs().max()) for t in (fast, other))
     assert near < 1e-4 * far
+
+
+def test_adapters_are_trained_under_the_plan_and_resumed(tmp_path: Path) -> None:
+    """LoRA on Llama, whose frozen layers drop too, at sites of the names that they have without adapters."""
+    peft = pytest.importorskip("peft", reason="adapters need peft")
+
+    def adapted() -> Any:
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peft.get_peft_model(tiny_model("llama"), config)
+
+    settings = {"max_steps": 4, "eval_strategy": "no", "activation_checkpointing": True}
+    names: list[set[str]] = []
+
+    class Names(DropoutCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_train_begin(args, state, control, **kwargs)
+            names.append({site.name for site in self.handle._state.sites})
+
+    whole = trained(tmp_path, Names(RATES), model=adapted(), **settings)
+    plain = trained(tmp_path / "plain", Names("residual=0"), model=adapted(), **settings)
+    trained(tmp_path / "bare", Names(RATES), family="llama", **settings)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "was")
+    again = trained(tmp_path, Names(RATES), model=adapted(), resume=True, **settings)
+    assert names[0] == names[2] and len(names[0]) == 9
+    assert torch.equal(weights(again.model), weights(whole.model))
+    assert not torch.equal(weights(plain.model), weights(whole.model))

@@ -1,5 +1,5 @@
-"""The masks that a model really gets, by `attach`, and those of `twodice.dropout` and `twodice.attention`, are
-as frequent and as independent as they claim.
+"""The masks that a model gets by `attach`, and those of `twodice.dropout` and `twodice.attention`, are as
+frequent and as independent as they claim.
 
 Every test takes masks from a function, so that a saboteur can stand in for it and must be rejected. Seeds are
 fixed, so a test that passes once passes always; the false-alarm probability is that of the choice of seeds. A
