@@ -63,7 +63,11 @@ def run(out: Path, seed_of_reference: bool, rate: float = 0.0, rows: int | None 
         callbacks=[callback],
     )  # fmt: skip
     was = reference.training
-    trainer.train()
+    try:
+        trainer.train()
+    except ContractError:
+        callback.close()
+        raise
     assert callback.handle is None and reference.training == was
     return [entry for entry in trainer.state.log_history if "rewards/chosen" in entry]
 

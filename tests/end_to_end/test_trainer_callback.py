@@ -20,14 +20,19 @@ from transformers import TrainerCallback
 
 import twodice
 from twodice import DropoutCallback
-from twodice.errors import ConfigError, ContractError
+from twodice.errors import ConfigError, ContractError, TwodiceError
 
 RATES = "embedding=0.1, attention=0.1, residual=0.1, activation=0.1"
 
 
 def trained(out: Path, *callbacks: Any, resume: bool | None = None, **settings: Any) -> Any:
     trainer = tiny_trainer(out, *callbacks, **settings)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except TwodiceError:
+        for callback in callbacks:
+            callback.close()  # a model that stays attached makes others of its seed warn
+        raise
     return trainer
 
 
