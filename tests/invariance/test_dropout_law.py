@@ -214,15 +214,7 @@ def test_packed_sequences_have_the_masks_of_padded_ones(family: str, attention: 
     handle.detach()
 
 
-@pytest.mark.parametrize(
-    "attention",
-    [
-        "sdpa",
-        pytest.param(
-            "eager", marks=pytest.mark.xfail(strict=False, reason="hidden keys count as visible")
-        ),
-    ],
-)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_dropped_keys_show_no_hidden_ones(attention: str) -> None:
     """Where all keys that a query may see are dropped, it must not see the future instead."""
     model, ids = tiny_model("llama", attn_implementation=attention), tokens(4)

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tests.support.masks import masks_seen
 from tests.support.tiny_models import ALL_KINDS, FAMILIES, ROWS, gradients, loss_of, tiny_model, tokens
 from torch import nn
 
 import twodice
-from twodice.dropout import hooks
 from twodice.dropout.attach import Handle
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}  # float32 sums of some thousand terms, added in another order
@@ -33,31 +33,6 @@ def attached(
         yield handle
     finally:
         handle.detach()
-
-
-@contextmanager
-def masks_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Collect, by site, the mask of every call: where a tensor of ones is kept."""
-    seen: dict[str, list[torch.Tensor]] = {}
-    true = hooks.dropout
-    names: list[str] = []
-    drop = hooks.Site.drop
-
-    def named(self: hooks.Site, *args: object, **kwargs: object) -> torch.Tensor:
-        names.append(self.name)
-        try:
-            return drop(self, *args, **kwargs)
-        finally:
-            names.pop()
-
-    def spied(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        seen.setdefault(names[-1], []).append(true(torch.ones_like(x), *args, **kwargs) > 0)
-        return true(x, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hooks.Site, "drop", named)
-        patch.setattr(hooks, "dropout", spied)
-        yield seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)

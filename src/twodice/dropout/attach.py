@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from twodice.dropout.audit import Audit, SiteRecord
 from twodice.dropout.hooks import BaseHook, Hook, Inert, Reader, RootEnd, RootHook, Site, State
-from twodice.dropout.install import Hooked, make_site
+from twodice.dropout.install import Hooked, make_site, switch_off
+from twodice.dropout.monte_carlo import MonteCarlo, monte_carlo
 from twodice.dropout.plan import KINDS, STACKS, DropoutPlan, Entry
 from twodice.dropout.schedules import Constant, Schedule, threshold
 from twodice.dropout.sites import Inventory, OwnDropout, Place, find, has_fast_path, unwrap, walk
@@ -64,8 +65,9 @@ class Handle:
         ----------
         step : int
             Number of the step, counted from 0, in [0, 2^32).
-        examples : int64 tensor, array or list (B,) or (B, T), optional
-            Slot of each row in the *global* batch of the step. Default 0 .. B-1, which is legal for one
+        examples : int64 tensor, array or list (B,) or (B, T), or callable, optional
+            Slot of each row in the *global* batch of the step; a callable is given the number of rows of each
+            forward and returns them. Default 0 .. B-1, which is legal for one
             forward and one rank only; else ``(micro * world + rank) * rows + arange(rows)``.
         positions : int64 tensor, array or list (B, T) or (1, T), or dict, optional
             Position of each token. Default: ``position_ids`` of the forward, else 0 .. T-1 (behind a cache:
@@ -100,6 +102,12 @@ class Handle:
             state.snapshot = None
             state.frame = None
             state.switch_off()
+
+    def monte_carlo(
+        self, model: nn.Module, batch: Any, draws: int, *, per_pass: int = 1, logits: Any = None
+    ) -> MonteCarlo:
+        """Return what the model believes under `draws` fixed sets of masks; see `monte_carlo`."""
+        return monte_carlo(self._state, model, batch, draws, per_pass=per_pass, logits=logits)
 
     def observe(self, step: int, loss: float) -> None:
         """Tell a validation loss, for schedules that follow it (`plateau`); others take no notice.
@@ -163,6 +171,13 @@ class Handle:
             SiteRecord(name, "config", "rate", rate, repr(rate), False, why)
             for name, rate, why in found.phantoms
         ]
+        records += [
+            SiteRecord(path, "random", "chance", 0.0, "", True, f"{what}; outside every plan")
+            for path, what in found.random
+        ]
+        records += [
+            SiteRecord(path, "undecided", "none", 0.0, "", False, why) for path, why in found.undecided
+        ]
         return Audit(state.model_name, str(state.plan), state.seed, tuple(records))
 
     def detach(self) -> None:
@@ -211,8 +226,7 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
                 "masks; enter it "
                 f"with examples={FORMULA}"
             )
-    if draw not in state.keys:
-        state.keys[draw] = tuple(site_key(state.seed, site.name, draw, 0) for site in state.sites)
+    state.keys_of(draw)  # made here, where no compiler looks on
     in_force: dict[Schedule, int] = {}
     for site in state.sites:
         if site.schedule not in in_force:
@@ -222,7 +236,7 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
     return Snapshot(
         step,
         draw,
-        coordinate(examples, "examples", (1, 2)),
+        examples if callable(examples) else coordinate(examples, "examples", (1, 2)),
         _positions(positions),
         thresholds,
         torch.tensor(thresholds, dtype=torch.int64),
@@ -297,6 +311,7 @@ def attach(
     found = find(model)
     _refuse_attached(found)
     chosen = _choose(found, plan)
+    _refuse_halves(found.own, {place.name for place, _, _ in chosen})
     state = State(found, plan, seed, total_steps, f"twodice-{next(_NUMBERS)}")
     site_key(seed, "", 0, 0)  # a seed outside its range is refused here
     _warn_of_twins(state, share)
@@ -387,6 +402,8 @@ def _places_of(found: Inventory, entry: Entry) -> list[Place]:
             places = [place for place in places if place.part == part]
         if not places:
             raise ConfigError(f"{entry.target!r} has no site in {model}; leave {entry.place!r} out")
+    if entry.kind == "weight" and entry.noise != "tied":
+        places = [place for place in places if not _is_second_use(found, place)]
     if entry.layers is not None:
         count = 1 + max(place.layer for place in places if place.layer is not None)
         for end in (entry.layers.start, entry.layers.stop):
@@ -404,6 +421,17 @@ def _places_of(found: Inventory, entry: Entry) -> list[Place]:
         if not places:
             raise ConfigError(f"{entry.target!r} names no layer; {model} has {count}")
     return places
+
+
+def _is_second_use(found: Inventory, place: Place) -> bool:
+    """Whether a weight is a lookup's that another module uses too; then the lookup alone drops it."""
+    tied = place.extra["tied"]
+    if not tied or isinstance(place.module, nn.Embedding):
+        return False
+    others = ", ".join(map(repr, tied))
+    why = f"its weight is that of {others}, where it is dropped; write weight:tied for both"
+    found.undecided.append((place.path, why))
+    return True
 
 
 def _warn_of_twins(state: State, share: Handle | nn.Module | None) -> None:
@@ -440,18 +468,26 @@ def _install(
     model: nn.Module, state: State, found: Inventory, chosen: list[tuple[Place, Entry, Schedule]]
 ) -> Handle:
     """Put the hooks in. What must not stand there outside a step goes into the state's switches instead."""
-    root, base, family = found.root, found.base, found.family
+    root = found.root
     _drop_inert(root)
     hooked = Hooked(state, has_fast_path(root))
     generates = hasattr(root, "generate")
-    reader = None if family is None else Reader(list(inspect.signature(base.forward).parameters))
-    at_root = reader if base is root else None
+    at_root = []
+    for stack in found.stacks:
+        reader = Reader(list(inspect.signature(stack.base.forward).parameters), stack.name, stack.time_first)
+        if stack.base is root:
+            at_root.append(reader)
+        elif hooked.fleeting:
+            hooked.before(stack.base, BaseHook(state, reader), with_kwargs=True)
+        else:
+            before = stack.base.register_forward_pre_hook(BaseHook(state, reader), with_kwargs=True)
+            hooked.removable.append(before)
     hooked.removable.append(
-        root.register_forward_pre_hook(RootHook(state, at_root, generates, family is None), with_kwargs=True)
+        root.register_forward_pre_hook(
+            RootHook(state, at_root, generates, not found.stacks), with_kwargs=True
+        )
     )
     hooked.removable.append(root.register_forward_hook(RootEnd(state), always_call=True))
-    if reader is not None and base is not root:
-        hooked.removable.append(base.register_forward_pre_hook(BaseHook(state, reader), with_kwargs=True))
     everything = []
     for place, entry, schedule in chosen:
         live = schedule.peak > 0
@@ -459,11 +495,16 @@ def _install(
         everything.append(site)
         if live:
             state.sites.append(site)
-            hooked.put(site, place)
+            try:
+                hooked.put(site, place)
+            except BaseException:
+                for removable in hooked.removable:
+                    removable.remove()
+                raise
     spoken = {place.name for place, _, _ in chosen}
     for own in found.own:
         if own.feeds in spoken or f"{own.path}#dropout" in spoken:
-            state.switches.append((own.module.__dict__, own.attribute, 0.0))
+            switch_off(state, own.module, own.attribute, own.through)
     for _, module in walk(root):
         if hasattr(module, "gradient_checkpointing") or hasattr(module, "checkpoint_fn"):
             state.layers.append(module.__dict__)
@@ -475,6 +516,18 @@ def _install(
     handle = Handle(model, state, found, hooked.removable)
     handle._places = [place for place, _, _ in chosen]
     return handle
+
+
+def _refuse_halves(owned: list[OwnDropout], spoken: set[str]) -> None:
+    """One number of the model's own may feed several tensors; a plan must speak of all of them or of none."""
+    for own in owned:
+        missing = [name for name in own.shared if name not in spoken]
+        if own.rate > 0 and missing and len(missing) < len(own.shared):
+            raise ConfigError(
+                f"the model's own {own.attribute!r} at {own.path!r} ({own.rate}) drops at "
+                f"{', '.join(map(repr, own.shared))} together; the plan leaves out "
+                f"{', '.join(map(repr, missing))}: speak of all of them, or make the model with rate 0"
+            )
 
 
 def _record(site: Site, place: Place) -> SiteRecord:
@@ -490,7 +543,7 @@ def _record(site: Site, place: Place) -> SiteRecord:
 
 
 def _own_record(own: OwnDropout, state: State) -> SiteRecord:
-    rate = float(getattr(own.module, own.attribute))
+    rate = float(getattr(own.module if own.through is None else own.module.config, own.attribute))
     kind = type(own.module).__name__
     if own.feeds in state.spoken:
         live, why = False, f"switched off within a step: the plan speaks of {own.feeds!r}"

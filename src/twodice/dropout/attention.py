@@ -1,8 +1,8 @@
 """Attention with keyed dropout on its weights, in the form in which transformers calls an attention function.
 
-A plain path: scores, softmax, dropout, product. It is in force only inside a step and only for the attached
-model, whose attention modules then see a copy of their config with our name in it (`shadow`). What it does
-not serve is refused by name. Knows the frame and the site, not the plan.
+`attend` hands what it is given to `kernels.attention`. It is in force only inside a step and only for the
+attached model, whose attention modules then see a copy of their config with our name in it
+(`Attending.shadow`). What it does not serve is refused by name. Knows the frame and the site, not the plan.
 
 Letters: B rows, H query heads, G query heads for each key head, T queries, S keys, K head width.
 """
@@ -18,22 +18,14 @@ import torch
 from torch import nn
 
 from twodice.errors import ConfigError, ContractError
+from twodice.kernels.attention import attention
 
 if TYPE_CHECKING:
     from twodice.dropout.hooks import Site, State
     from twodice.dropout.step import Frame
 
-#: Arguments that change the weights in a way that this path does not know.
-REFUSED = (
-    "softcap",
-    "s_aux",
-    "sinks",
-    "position_bias",
-    "head_mask",
-    "cache",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-)
+#: Arguments that ask for weights, or change them, in a way that is not served.
+REFUSED = ("output_attentions", "sinks", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
 SERVED = ("eager", "sdpa")
 
 
@@ -46,6 +38,8 @@ class Attending:
         The attention module.
     weights, keys : Site or None
         What drops weights after the softmax, and what drops keys before it.
+    cross : bool
+        Whether the keys are those of the other stack.
     road : str
         The implementation that the config names.
     function : callable
@@ -57,6 +51,7 @@ class Attending:
         self.module = module
         self.weights: Site | None = None
         self.keys: Site | None = None
+        self.cross = False
         self.road = ""
         self.function: Callable[..., Any] | None = None
 
@@ -93,7 +88,7 @@ class Attending:
             raise ConfigError(
                 f"attention dropout is not served with reorder_and_upcast_attn=True (at {self.name!r})"
             )
-        self.road = name
+        self.road = str(name)
         if name == "eager":
             self.function = sys.modules[type(self.module).__module__].eager_attention_forward
         else:
@@ -122,14 +117,14 @@ def attend(
     is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend, with the weights dropped that the step's mask names.
+    """Attend, with the keys and weights dropped that the step's masks name.
 
     Parameters
     ----------
     module : nn.Module
         The attention module; its config is that of `Attending.shadow`.
     query : tensor (B, H, T, K)
-        Queries; key and value are (B, H / G, S, K).
+        Queries; key and value are (B, H / G, S, K) and (B, H / G, S, W).
     attention_mask : tensor or None
         Boolean (True attends) or additive, broadcastable to (B, H, T, S); None means causal where the module
         is and the road is ``sdpa``, else everything.
@@ -139,80 +134,88 @@ def attend(
     Returns
     -------
     tuple
-        (B, T, H, K), and the weights after dropout (B, H, T, S).
+        (B, T, H, W), and None: the weights are never whole in memory.
     """
     attending: Attending = module.config.twodice_attending  # type: ignore[union-attr, assignment]
-    site = attending.weights
-    assert site is not None
     state = attending.state
     frame = state.frame
+    active = module.training or state.drawing
+    if frame is None and active:
+        state.lost(attending.name)
+    sites = [site for site in (attending.weights, attending.keys) if site is not None]
     compiling = torch.compiler.is_compiling()
-    if frame is None and module.training:
-        state.lost(site.name)
-    if not module.training or frame is None or (not compiling and frame.snapshot.thresholds[site.index] == 0):
-        if module.training and frame is not None:
-            frame.visits[site.index] += 1
+    if (
+        not active
+        or frame is None
+        or (not compiling and all(frame.snapshot.thresholds[site.index] == 0 for site in sites))
+    ):
+        if active and frame is not None:
+            for site in sites:
+                frame.visits[site.index] += 1
         if is_causal is not None:
             rest["is_causal"] = is_causal
-        return attending.function(  # type: ignore[no-any-return, misc]
+        assert attending.function is not None
+        return attending.function(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest
         )
     for name in REFUSED:
-        if rest.get(name) is not None:
+        if rest.get(name) is not None and rest[name] is not False:
             raise ConfigError(
-                f"attention dropout does not serve {name!r} yet (at site {site.name!r}); leave it out of "
-                "the plan"
+                f"attention dropout does not serve {name!r} (at site {attending.name!r}); leave the site out "
+                "of the plan, or the argument out of the call"
             )
-    B, H, T, K = query.shape
-    heads, S = key.shape[1], key.shape[2]
-    if H != heads:
-        # Grouped queries: head h of the queries reads key head h // G, so a view with one more axis needs no
-        # copies.
-        query = query.reshape(B, heads, H // heads, T, K)
-        key, value = key.unsqueeze(2), value.unsqueeze(2)
-    scores = torch.matmul(query * (K**-0.5 if scaling is None else scaling), key.transpose(-1, -2))
-    scores = scores.reshape(B, H, T, S)
+    B, _, T, _ = query.shape
+    S = key.shape[2]
+    if frame.rows is not None and frame.rows != B:
+        sites[0].misfit(frame, query)
+    causal = False
     if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if attending.road == "sdpa" and causal and T > 1:
-            scores += _causal(frame, T, S, scores)
-    elif attention_mask.dtype == torch.bool:
-        # The lowest number and not minus infinity: a row without any key (padding) must not become NaN.
-        scores.masked_fill_(~attention_mask[..., :S], torch.finfo(scores.dtype).min)
+        wanted = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = attending.road == "sdpa" and bool(wanted) and T > 1
     else:
-        scores += attention_mask[..., :S]
-    wide = torch.float32 if scores.dtype in (torch.bfloat16, torch.float16) else scores.dtype
-    weights = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
-    weights = site.drop(frame, weights, key_positions=_key_positions(frame, site.stack, T, S, site.name))
-    if H != heads:
-        out = torch.matmul(weights.reshape(B, heads, H // heads, T, S), value).reshape(
-            B, H, T, value.shape[-1]
-        )
-    else:
-        out = torch.matmul(weights, value)
-    return out.transpose(1, 2).contiguous(), weights
+        attention_mask = attention_mask[..., :S]
+    numbers: list[Any] = [0, None, 0, None]
+    step: int | torch.Tensor = 0
+    for place, one in ((0, attending.weights), (2, attending.keys)):
+        if one is not None:
+            numbers[place], step, numbers[place + 1] = one.enter(frame)
+    sinks = rest.get("s_aux")
+    result = attention(
+        query, key, value, numbers[0], 0 if numbers[1] is None else numbers[1], step,
+        bias=_together(attention_mask, rest.get("position_bias"), S),
+        causal=causal, softcap=rest.get("softcap"), sinks=None if sinks is None else sinks.to(query.dtype),
+        scale=scaling, examples=frame.examples, positions=frame.positions.get(attending.stack),
+        key_positions=_key_positions(frame, attending, T, S),
+        drop_keys=numbers[2], keys_key=numbers[3],
+    )  # fmt: skip
+    return result.transpose(1, 2).contiguous(), None
 
 
-def _causal(frame: Frame, T: int, S: int, scores: torch.Tensor) -> torch.Tensor:
-    """The additive mask (T, S) of a causal forward, made once a frame. Query t sees key s where s <= t, as
-    sdpa has it.
-    """
-    name = (T, S, scores.dtype, scores.device)
-    mask = None if torch.compiler.is_compiling() else frame.causal.get(name)
+def _together(mask: torch.Tensor | None, bias: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """One additive or boolean mask of an attention mask and T5's bias of positions."""
+    if mask is not None and mask.dtype != torch.bool:
+        # Transformers hides with the lowest number. DropKey must not take such a key for one that is seen.
+        mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+    if bias is None:
+        return mask
+    bias = bias[..., :keys]
     if mask is None:
-        mask = torch.full((T, S), float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
-        if not torch.compiler.is_compiling():
-            frame.causal[name] = mask
-    return mask
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, float("-inf"))
+    return bias + mask
 
 
-def _key_positions(frame: Frame, stack: str | None, T: int, S: int, site: str) -> torch.Tensor | None:
-    """Positions (B, S) of the keys: those of the queries, and before them what a cache holds, one by one
-    backwards.
+def _key_positions(frame: Frame, attending: Attending, T: int, S: int) -> torch.Tensor | None:
+    """Positions (B, S) of the keys: across stacks those of the encoder; else those of the queries, and before
+    them what a cache holds, one by one backwards.
     """
-    positions = frame.positions.get(stack)
+    if attending.cross:
+        return frame.positions.get("encoder")
+    positions = frame.positions.get(attending.stack)
     if S == T:
         return positions
+    site = attending.name
     if positions is None or S < T:
         raise ContractError(
             f"keys must be the tokens of this forward or those of a growing cache; got {S} keys for {T} "

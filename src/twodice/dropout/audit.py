@@ -19,8 +19,8 @@ class SiteRecord:
     site : str
         Name of the site, or path of the model's own dropout, or field of its config.
     source : str
-        ``plan`` (a site that the plan speaks of), ``model`` (own dropout) or ``config`` (a rate that nothing
-        reads).
+        ``plan`` (a site that the plan speaks of), ``model`` (own dropout), ``config`` (a rate that nothing
+        reads), ``random`` (chance outside every plan) or ``undecided`` (what could not be told).
     kind : str
         Kind of the plan, or what the own dropout is.
     rate : float

@@ -25,10 +25,13 @@ from twodice.dropout.sites import Inventory, Place, first_tensor
 from twodice.dropout.step import Frame, Snapshot, open_frame, set_rows, site_key
 from twodice.errors import ContractError, ShapeError
 from twodice.kernels.dropout import dropout
+from twodice.kernels.noise import noisy
 from twodice.kernels.noise_form import UNIT, Noise
 from twodice.random.keys import Key
 
 _ABSENT = object()
+#: Where the keys of Monte Carlo draws are kept, beside those of the draws of a step (0 or more).
+MONTE_CARLO = -1
 _AXES = {"bc": 2, "btc": 3, "bhts": 4, "tbc": 3, "nc": 2, "bct": 3, "bchw": 4}
 
 
@@ -39,6 +42,8 @@ class Site:
         self.state = state
         self.index = index
         self.name = place.name
+        #: What the key is derived from; tied weights that share a mask share it.
+        self.key_name = place.name
         self.layout = place.layout
         self.kind = place.kind
         self.layer = place.layer
@@ -89,7 +94,7 @@ class Site:
         if rows is not None and layout != "nc" and x.shape[layout == "tbc"] != rows:
             self.misfit(frame, x)
         if examples is None:
-            examples = frame.snapshot.examples
+            examples = frame.examples
         if positions is None:
             positions = frame.positions.get(self.stack)
         if layout == "nc":
@@ -115,9 +120,7 @@ class Site:
                     )
         if noise is None:
             noise = self.noise
-        if noise != UNIT:
-            from twodice.kernels.noise import noisy
-
+        if noise != UNIT or (isinstance(step, torch.Tensor) and step.dim()):
             return noisy(
                 x, rate, key, step, noise=noise,
                 examples=examples, positions=positions, key_positions=key_positions, layout=layout,
@@ -173,6 +176,8 @@ class State:
         #: Validation losses by rising step, for schedules that follow them.
         self.losses: list[tuple[int, float]] = []
         self.attached = True
+        #: Whether Monte Carlo draws run: sites drop although the model is in eval mode.
+        self.drawing = False
         #: What is changed while a step runs: (mapping, name, value inside), and the same for hooks of the
         #: step alone.
         self.switches: list[tuple[MutableMapping[Any, Any], Any, Any]] = []
@@ -183,11 +188,18 @@ class State:
 
     def keys_of(self, draw: int) -> tuple[Key, ...]:
         """The keys of all sites at their first visit."""
+        if self.drawing:
+            draw = MONTE_CARLO
+        if draw not in self.keys:
+            self.keys[draw] = tuple(self.key_of(index, draw, 0) for index in range(len(self.sites)))
         return self.keys[draw]
 
     def key_of(self, index: int, draw: int, visit: int) -> Key:
         """The key of one site at a later visit of its (shared) module."""
-        return site_key(self.seed, self.sites[index].name, draw, visit)
+        name = self.sites[index].key_name
+        if self.drawing:
+            return Key(self.seed).child("monte-carlo", name, visit)
+        return site_key(self.seed, name, draw, visit)
 
     def lost(self, where: str) -> NoReturn:
         """Raise: a part of the model runs in train mode and no forward of the root is under way."""
@@ -239,7 +251,7 @@ class State:
             raise ContractError(
                 "the model was detached between a forward and its backward pass; detach after it"
             )
-        if not root.training:
+        if not (root.training or self.drawing):
             raise ContractError(
                 "the model was put into eval() between a forward and its backward pass, which computes "
                 "parts of it again; "
@@ -272,6 +284,11 @@ def _reentering(state: State, checkpoint: Callable[..., Any]) -> Callable[..., A
                 "activation checkpointing of an attached model is not served under torch.compile yet"
             )
         visits = tuple(frame.visits)
+        # A stream that was kept outside may be an argument here; the recomputation has another tensor for it.
+        kept = [
+            (site, next((i for i, value in enumerate(args) if value is stream), None), stream)
+            for site, stream in frame.streams.items()
+        ]
         first = True
 
         def run(*inputs: Any, **named: Any) -> Any:
@@ -280,6 +297,9 @@ def _reentering(state: State, checkpoint: Callable[..., Any]) -> Callable[..., A
                 first = False
                 return function(*inputs, **named)
             with state.repeating(frame, visits):
+                assert state.frame is not None
+                for site, place, stream in kept:
+                    state.frame.streams[site] = stream if place is None else inputs[place]
                 return function(*inputs, **named)
 
         return checkpoint(run, *args, **kwargs)
@@ -299,6 +319,10 @@ class Hook:
 
     def __init__(self, state: State) -> None:
         self.state = state
+
+    def rests(self, module: nn.Module) -> bool:
+        """Whether a module in this mode drops nothing."""
+        return not (module.training or self.state.drawing)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Inert:
         if self.state.saved:
@@ -322,9 +346,10 @@ class Hook:
 class Reader:
     """Reads the rows and the positions of a forward of one stack from its arguments."""
 
-    def __init__(self, names: list[str], stack: str | None = None) -> None:
+    def __init__(self, names: list[str], stack: str | None = None, time_first: bool = False) -> None:
         self.names = names
         self.stack = stack
+        self.time_first = time_first
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The argument of that name, given by name or by place; None where there is none."""
@@ -340,15 +365,17 @@ class Reader:
             tokens = self.argument("inputs_embeds", args, kwargs)
         if tokens is None:
             tokens = first_tensor(args, kwargs)
-            if tokens is not None and tokens.dim() > 0:
-                set_rows(frame, tokens.shape[0])
+            if tokens is not None and tokens.dim() > self.time_first:
+                set_rows(frame, tokens.shape[int(self.time_first)])
             return
         set_rows(frame, tokens.shape[0])
         if self.stack in frame.positions:
             return
         positions = self.argument("position_ids", args, kwargs)
         if positions is not None:
-            frame.positions[self.stack] = positions if positions.dim() == 2 else positions[None]
+            positions = positions if positions.dim() == 2 else positions[None]
+            _refuse_packed(frame, positions)
+            frame.positions[self.stack] = positions
             return
         cache = self.argument("past_key_values", args, kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -359,18 +386,29 @@ class Reader:
             ]
 
 
+def _refuse_packed(frame: Frame, positions: torch.Tensor) -> None:
+    """Two sequences in one row have equal positions: only examples for each token can tell them apart."""
+    if torch.compiler.is_compiling() or (frame.examples is not None and frame.examples.dim() == 2):
+        return
+    if positions.shape[1] > 1 and bool((positions[:, 1:] < positions[:, :-1]).any()):
+        raise ContractError(
+            "a row whose positions start anew holds several sequences, which would get the same masks; enter "
+            "the step with examples (B, T): a slot for each token"
+        )
+
+
 class RootHook(Hook):
     """Before the root's forward: outside a step nothing may train; inside, a frame is opened."""
 
-    def __init__(self, state: State, reader: Reader | None, generates: bool, whole: bool) -> None:
+    def __init__(self, state: State, readers: list[Reader], generates: bool, whole: bool) -> None:
         super().__init__(state)
-        self.reader = reader
+        self.readers = readers
         self.generates = generates
         self.whole = whole
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
-        if not module.training:
+        if self.rests(module):
             return
         if self.generates and not torch.compiler.is_compiling() and _generating():
             raise ContractError(
@@ -389,8 +427,8 @@ class RootHook(Hook):
             first = first_tensor(args, kwargs)
             rows = None if first is None or first.dim() == 0 else first.shape[0]
         frame = open_frame(snapshot, rows, len(state.sites))
-        if self.reader is not None:
-            self.reader.read(frame, args, kwargs)
+        for reader in self.readers:
+            reader.read(frame, args, kwargs)
         state.frame = frame
 
 
@@ -409,7 +447,7 @@ class BaseHook(Hook):
         self.reader = reader
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training:
+        if self.rests(module):
             return
         frame = self.state.frame
         if frame is None:
@@ -425,7 +463,7 @@ class GuardHook(Hook):
         self.name = name
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if module.training and self.state.frame is None:
+        if not self.rests(module) and self.state.frame is None:
             self.state.lost(self.name)
 
 
@@ -437,7 +475,7 @@ class InputHook(Hook):
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not module.training:
+        if self.rests(module):
             return None
         frame = self.state.frame
         if frame is None:
@@ -457,7 +495,7 @@ class OutputHook(Hook):
         self.site = site
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not module.training:
+        if self.rests(module):
             return None
         frame = self.state.frame
         if frame is None:

@@ -5,17 +5,21 @@ Knows nothing of plans and steps; `attach` walks over the chosen places and hand
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from twodice.dropout.attention import Attending, attend
+from twodice.dropout.fused import ExpertsForward, MultiheadForward, RecurrentForward, StandIn
 from twodice.dropout.hooks import GuardHook, InputHook, OutputHook, Site, State
 from twodice.dropout.kinds import (
+    ChannelSite,
     HeadSite,
     LayerForward,
     LookupHook,
+    ProbabilitiesHook,
     SkipHook,
     StreamHook,
     TokenSite,
@@ -31,10 +35,27 @@ from twodice.errors import ConfigError
 def make_site(state: State, index: int, place: Place, entry: Entry, schedule: Schedule) -> Site:
     """Return the site of a place, of the class that its kind needs."""
     if place.kind == "head":
-        site = HeadSite(state, index, place, entry, schedule)
-        site.heads = place.extra["heads"]
-        return site
-    return (TokenSite if place.kind == "token" else Site)(state, index, place, entry, schedule)
+        head = HeadSite(state, index, place, entry, schedule)
+        head.heads = place.extra["heads"]
+        if place.tensor == "multihead":
+            head.layout = "btc"  # the joined heads, whatever the axes of the module's input
+        return head
+    kind = ChannelSite if place.tensor == "channels" else TokenSite if place.kind == "token" else Site
+    site = kind(state, index, place, entry, schedule)
+    if entry.noise == "tied":
+        # One mask for one parameter, whatever module reads it: that of the first of their paths.
+        site.key_name = f"{min(place.path, *place.extra['tied'], place.path)}#weight"
+    return site
+
+
+def switch_off(state: State, module: nn.Module, attribute: str, through: str | None) -> None:
+    """Make an own rate 0 while a step runs, in the module or in a copy of the config that it reads."""
+    if through is None:
+        state.switches.append((module.__dict__, attribute, 0.0))
+        return
+    copied = copy.copy(module.config)
+    copied.__dict__[attribute] = 0.0
+    state.switches.append((module.__dict__, through, copied))
 
 
 class Hooked:
@@ -54,6 +75,7 @@ class Hooked:
         self.fleeting = fleeting
         self.removable: list[RemovableHandle] = []
         self._attending: dict[int, Attending] = {}
+        self._stand_ins: dict[int, StandIn] = {}
 
     def put(self, site: Site, place: Place) -> None:
         """Put in what the site needs."""
@@ -61,17 +83,33 @@ class Hooked:
         if place.tensor == "attention":
             self._attention(site, place)
         elif place.tensor == "input":
-            self._before(module, InputHook(state, site))
-        elif place.tensor == "output":
-            self._after(module, OutputHook(state, site))
+            self.before(module, InputHook(state, site))
+        elif place.tensor in ("output", "channels"):
+            self.after(module, OutputHook(state, site))
         elif place.tensor == "lookup":
-            self._after(module, LookupHook(state, site))
+            self.after(module, LookupHook(state, site))
+        elif place.tensor == "weight" and not isinstance(module, nn.RNNBase):
+            path, _, name = place.extra["parameter"].rpartition(".")
+            holder = module.get_submodule(path)
+            self.before(module, WeightHook(state, site, holder, name, _is_turned(module)))
+            self.after(module, WeightEnd(state, holder, name), always=True)
+        elif place.tensor == "probabilities":
+            self.after(module, ProbabilitiesHook(state, site))
+        elif place.tensor == "multihead":
+            self._stand_in(module, MultiheadForward).sites[place.kind] = site
+        elif place.tensor == "recurrent":
+            self._stand_in(module, RecurrentForward).sites["between"] = site
         elif place.tensor == "weight":
-            self._before(module, WeightHook(state, site, _is_turned(module)))
-            self._after(module, WeightEnd(state), always=True)
+            self._stand_in(module, RecurrentForward).sites[place.extra["parameter"]] = site
+        elif place.tensor == "experts":
+            state.switches.append(
+                (module.__dict__, "forward", ExpertsForward(state, site, module, module.forward))
+            )
         elif place.tensor == "skip":
-            self._before(place.extra["stream"], StreamHook(state, site), with_kwargs=True)
-            self._after(module, SkipHook(state, site))
+            self.before(place.extra["stream"], StreamHook(state, site), with_kwargs=True)
+            self.after(module, SkipHook(state, site))
+            for holder, attribute, through in place.extra["between"]:
+                switch_off(state, holder, attribute, through)
         elif place.tensor == "block":
             forward = LayerForward(state, site, module, site.entry.noise == "batch", module.forward)
             state.switches.append((module.__dict__, "forward", forward))
@@ -80,6 +118,14 @@ class Hooked:
                 f"{place.kind!r} is not served at {place.path!r} yet ({place.tensor}); leave it out of the "
                 "plan, or narrow the entry"
             )
+
+    def _stand_in(self, module: Any, kind: type[StandIn]) -> StandIn:
+        """The one stand-in for a module's forward that all its sites share."""
+        found = self._stand_ins.get(id(module))
+        if found is None:
+            found = self._stand_ins[id(module)] = kind(self.state, module, module.forward)
+            self.state.switches.append((module.__dict__, "forward", found))
+        return found
 
     def _attention(self, site: Site, place: Place) -> None:
         state, module = self.state, place.module
@@ -93,13 +139,15 @@ class Hooked:
             self.removable.append(module.register_forward_pre_hook(GuardHook(state, place.name)))
             state.switches.append((module.__dict__, "config", attending.shadow(state.name)))
             state.preparations.append(attending.find_road)
+        attending.cross = place.part == "cross"
         if place.kind == "key":
             attending.keys = site
         else:
             attending.weights = site
         attending.find_road()
 
-    def _before(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
+    def before(self, module: nn.Module, hook: Any, with_kwargs: bool = False) -> None:
+        """Put a hook before a module's forward."""
         if self.fleeting:
             hooks: Any = module._forward_pre_hooks
             number = RemovableHandle(hooks).id
@@ -109,7 +157,8 @@ class Hooked:
         else:
             self.removable.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
 
-    def _after(self, module: nn.Module, hook: Any, always: bool = False) -> None:
+    def after(self, module: nn.Module, hook: Any, always: bool = False) -> None:
+        """Put a hook behind a module's forward."""
         if self.fleeting:
             hooks: Any = module._forward_hooks
             number = RemovableHandle(hooks).id

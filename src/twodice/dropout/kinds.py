@@ -17,7 +17,7 @@ from torch import nn
 
 from twodice.dropout.hooks import Hook, Site, State
 from twodice.dropout.step import Frame
-from twodice.errors import ConfigError, ShapeError
+from twodice.errors import ShapeError
 from twodice.kernels.noise_form import Noise
 from twodice.random.draws import lanes
 
@@ -67,12 +67,45 @@ class LookupHook(Hook):
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        if not module.training:
+        if self.rests(module):
             return None
         frame = self.state.frame
         if frame is None:
             self.state.lost(self.site.name)
         return self.site.drop(frame, output, positions=args[0], noise=Noise(block=output.shape[-1]))
+
+
+class ChannelSite(Site):
+    """Whole channels behind an ``nn.Dropout2d`` or its kin: one decision for each example and channel.
+
+    Tompson et al. 2015 (arXiv 1411.4280), "spatial dropout".
+    """
+
+    def apply(self, frame: Frame, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` (B, C, T) or (B, C, H, W) with whole channels dropped."""
+        return self.drop(frame, x, noise=Noise(self.noise.form, True, self.noise.block))
+
+
+class ProbabilitiesHook(Hook):
+    """After an ``nn.Dropout`` that a model without an attention interface calls on its weights (B, H, T, S).
+
+    The column of a decision is the position of the key: that of the query with the same number, where there
+    is one, else its place in the row.
+    """
+
+    def __init__(self, state: State, site: Site) -> None:
+        super().__init__(state)
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if self.rests(module):
+            return None
+        frame = self.state.frame
+        if frame is None:
+            self.state.lost(self.site.name)
+        positions = frame.positions.get(self.site.stack)
+        keys = positions if positions is not None and positions.shape[1] == output.shape[-1] else None
+        return self.site.drop(frame, output, key_positions=keys)
 
 
 class WeightHook(Hook):
@@ -83,27 +116,34 @@ class WeightHook(Hook):
     parameter; `WeightEnd` takes it away, so that state_dict and the optimizer never see it.
     """
 
-    def __init__(self, state: State, site: Site, turned: bool) -> None:
+    def __init__(self, state: State, site: Site, holder: nn.Module, name: str, turned: bool) -> None:
         super().__init__(state)
         self.site = site
+        self.holder = holder
+        self.name = name
         self.turned = turned
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not module.training:
+        if self.rests(module):
             return
         frame = self.state.frame
         if frame is None:
             self.state.lost(self.site.name)
-        weight = module._parameters["weight"]
+        weight = self.holder._parameters[self.name]
         assert weight is not None
-        module.__dict__["weight"] = self.site.apply_weight(frame, weight, self.turned)
+        self.holder.__dict__[self.name] = self.site.apply_weight(frame, weight, self.turned)
 
 
 class WeightEnd(Hook):
     """After the module, also after an error: the parameter itself again."""
 
+    def __init__(self, state: State, holder: nn.Module, name: str) -> None:
+        super().__init__(state)
+        self.holder = holder
+        self.name = name
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        module.__dict__.pop("weight", None)
+        self.holder.__dict__.pop(self.name, None)
 
 
 class StreamHook(Hook):
@@ -114,7 +154,7 @@ class StreamHook(Hook):
         self.site = site
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and self.state.frame is not None:
+        if not self.rests(module) and self.state.frame is not None:
             self.state.frame.streams[self.site.index] = _first(args, kwargs, self.site.name)
 
 
@@ -131,7 +171,7 @@ class SkipHook(Hook):
         self.site = site
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not module.training:
+        if self.rests(module):
             return None
         frame = self.state.frame
         if frame is None:
@@ -163,10 +203,12 @@ class LayerForward:
         self.module = module
         self.batch = batch
         self.forward = forward
-        self.form: type | None = None
+        #: What the block returns beside the hidden states: names or places of arguments handed on, or None.
+        self.beside: list[Any] | None = None
+        self.alone = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.module.training:
+        if not (self.module.training or self.state.drawing):
             return self.forward(*args, **kwargs)
         frame, site = self.state.frame, self.site
         if frame is None:
@@ -200,19 +242,25 @@ class LayerForward:
 
     def left_out(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the block returns when it adds nothing."""
-        if self.form is None:
+        if self.beside is None:
             # What a block returns is known only from a call; the first one left out is run once for that.
             with torch.no_grad():
                 output = self.forward(*args, **kwargs)
-            if isinstance(output, tuple) and any(item is not None for item in output[1:]):
-                raise ConfigError(
-                    f"{self.site.name!r} cannot be left out for a whole batch, because its block returns "
-                    f"{len(output)} tensors, which later blocks may need; write layer=... (for each example) "
-                    "instead of layer:batch=..."
-                )
-            self.form = type(output)
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            self.beside = []
+            for item in output[1:] if isinstance(output, tuple) else ():
+                name = next((n for n, value in given.items() if value is item and item is not None), None)
+                self.beside.append(name)
+            self.alone = not isinstance(output, tuple)
         y = _LeftOut.apply(x, *(p for p in self.module.parameters() if p.requires_grad))
-        return (y,) if self.form is tuple else y
+        if self.alone:
+            return y
+        # What the block only hands on (T5's position biases) goes on; what it makes (weights) is not there.
+        handed = [
+            None if name is None else args[name] if isinstance(name, int) else kwargs[name]
+            for name in self.beside
+        ]
+        return (y, *handed)
 
 
 class _LeftOut(torch.autograd.Function):

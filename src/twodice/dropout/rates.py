@@ -224,7 +224,7 @@ class Exponential(_Ramp):
 
     def between(self, done: float) -> float:
         """Return ``first * (last / first) ** done``."""
-        return self.first * (self.last / self.first) ** done
+        return float(self.first * (self.last / self.first) ** done)
 
 
 @dataclass(frozen=True)

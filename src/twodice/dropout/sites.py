@@ -73,10 +73,6 @@ def _inventory(root: nn.Module, stacks: list[Stack]) -> Inventory:
             "attach serves one language model at a time; found "
             f"{', '.join(repr(stack.path) for stack in configured)}; attach to each"
         )
-    if getattr(config, "add_cross_attention", False):
-        raise ConfigError(
-            f"{type(base).__name__} with cross-attention is not served yet; got add_cross_attention=True"
-        )
     family = None
     if configured:
         asking = (m for stack in stacks for m in stack.blocks[0].modules() if asks_for_attention(m))

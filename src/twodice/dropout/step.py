@@ -9,6 +9,7 @@ Letters: B rows, T positions, S keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,10 @@ class Snapshot:
     Attributes
     ----------
     step, draw : int
-        The step in [0, 2^32), and which draw of masks within it.
-    examples : int64 tensor (B,) or (B, T), or None
-        Slots in the global batch.
+        The step in [0, 2^32), and which draw of masks within it. For Monte Carlo, where many draws run in one
+        pass, an int64 tensor (B,): the number of the draw of each row.
+    examples : int64 tensor (B,) or (B, T), callable or None
+        Slots in the global batch; a callable makes them from the number of rows of a forward.
     positions : dict
         Positions that the caller gave: stack (None, ``encoder`` or ``decoder``) -> int64 tensor (B, T) or
         (1, T).
@@ -42,9 +44,9 @@ class Snapshot:
         The step, for a compiled graph.
     """
 
-    step: int
+    step: int | torch.Tensor
     draw: int
-    examples: torch.Tensor | None
+    examples: torch.Tensor | Callable[[int], Any] | None
     positions: dict[str | None, torch.Tensor]
     thresholds: tuple[int, ...]
     rates: torch.Tensor
@@ -83,6 +85,8 @@ class Frame:
         The step.
     rows : int or None
         B of this forward, where it is known.
+    examples : int64 tensor (B,) or (B, T), or None
+        Slots of its rows.
     positions : dict
         Stack -> int64 tensor (B, T) or (1, T); a stack that is not there has 0 .. T-1.
     visits : list of int
@@ -93,7 +97,7 @@ class Frame:
         Whether this is a recomputation.
     """
 
-    __slots__ = ("again", "causal", "positions", "rows", "snapshot", "streams", "visits")
+    __slots__ = ("again", "examples", "positions", "rows", "snapshot", "streams", "visits")
 
     def __init__(
         self,
@@ -104,15 +108,16 @@ class Frame:
     ) -> None:
         self.snapshot = snapshot
         self.rows = rows
+        self.examples = None if callable(snapshot.examples) else snapshot.examples
         self.positions = positions
         self.visits = visits
         self.again = False
-        self.causal: dict[Any, torch.Tensor] = {}
         self.streams: dict[int, torch.Tensor] = {}
 
     def repeated(self, visits: tuple[int, ...]) -> Frame:
         """Return the frame in which a part of this forward is computed again."""
         frame = Frame(self.snapshot, self.rows, dict(self.positions), list(visits))
+        frame.examples = self.examples
         frame.again = True
         return frame
 
@@ -143,7 +148,12 @@ def open_frame(snapshot: Snapshot, rows: int | None, sites: int) -> Frame:
 
 def set_rows(frame: Frame, rows: int) -> None:
     """Note the number of rows of a forward and hold the examples against it."""
-    examples = frame.snapshot.examples
+    if callable(frame.snapshot.examples) and frame.examples is None:
+        made = frame.snapshot.examples(rows)
+        # The compiler cannot look at values; what a callable makes is checked by eager forwards.
+        compiling = torch.compiler.is_compiling()
+        frame.examples = made if compiling else coordinate(made, "examples", (1, 2))
+    examples = frame.examples
     if examples is not None and examples.shape[0] != rows:
         raise ShapeError(
             f"examples must have one entry for each row of the forward ({rows}); got "

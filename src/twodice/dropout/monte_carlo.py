@@ -1,0 +1,210 @@
+"""Monte Carlo dropout: what a model believes under many fixed sets of masks, and how much they disagree.
+
+The model is in eval mode (norms, its own dropout and everything else as when it is used) and the sites of the
+plan drop all the same. Knows the state of an attachment, no model.
+
+Letters: B rows, K draws, T positions, V classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from twodice.dropout.rates import threshold
+from twodice.dropout.step import Snapshot
+from twodice.errors import ConfigError, ContractError, ShapeError
+
+if TYPE_CHECKING:
+    from twodice.dropout.hooks import State
+
+
+@dataclass(frozen=True, eq=False)
+class MonteCarlo:
+    """What K draws of masks give.
+
+    Attributes
+    ----------
+    mean : float32 tensor (B, ..., V)
+        The mean of the K distributions.
+    entropy : float32 tensor (B, ...)
+        Predictive entropy, of `mean` [nats]: all uncertainty.
+    mutual_information : float32 tensor (B, ...)
+        Entropy of the mean less the mean of the entropies [nats], at least 0: the part of the uncertainty on
+        which the draws disagree (Houlsby et al. 2011; Gal and Ghahramani 2016).
+    draws : int
+        K.
+    """
+
+    mean: torch.Tensor
+    entropy: torch.Tensor
+    mutual_information: torch.Tensor
+    draws: int
+
+
+def monte_carlo(
+    state: State,
+    model: nn.Module,
+    batch: Any,
+    draws: int,
+    *,
+    per_pass: int = 1,
+    logits: Callable[[Any], torch.Tensor] | None = None,
+) -> MonteCarlo:
+    """Run a model under K fixed sets of masks and sum up what it believes.
+
+    Parameters
+    ----------
+    state : State
+        Of the attachment; users call ``handle.monte_carlo``.
+    model : nn.Module
+        The attached model, or a wrapper of it.
+    batch : mapping or tensor
+        Its inputs. Tensors whose first axis is B are repeated where several draws run in one pass.
+    draws : int
+        K, 1 or more. About 50 give the accuracy of weight scaling (Srivastava et al. 2014, section 7.5).
+    per_pass : int
+        So many draws run in one pass of the model, as K * B rows. It changes speed and memory only, up to the
+        order of summation.
+    logits : callable, optional
+        From the model's result to logits (B, ..., V); default its ``logits``, or the result itself.
+
+    Returns
+    -------
+    MonteCarlo
+        Mean distribution, predictive entropy and mutual information.
+
+    Raises
+    ------
+    ContractError
+        Inside a step, or after `detach`.
+    ConfigError
+        If several draws should share a pass although the plan drops weights or whole layers, which all rows
+        of a pass share; if no number fits.
+
+    Notes
+    -----
+    The rates are the highest of the plan's schedules, as a trained model has no step.
+
+    *Randomness.* The key of a site is ``Key(seed).child("monte-carlo", site, visit)``; the counter holds the
+    number of the draw where a training step stands, and example 0 for every row: draw k is one network, the
+    same for every input, for any batch and for any `per_pass`.
+
+    Gal and Ghahramani 2016, "Dropout as a Bayesian approximation", equations 6 and 7. Weight scaling, the
+    default everywhere else, is the model in eval mode.
+    """
+    for name, number in (("draws", draws), ("per_pass", per_pass)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ConfigError(f"{name} must be an integer of 1 or more; got {number!r}")
+    if not state.attached:
+        raise ContractError("Monte Carlo needs an attached model; this one was detached; call attach again")
+    if state.snapshot is not None or state.saved:
+        raise ContractError("Monte Carlo must not run inside a step; leave it first")
+    if not state.sites:
+        raise ConfigError("Monte Carlo needs a plan that drops something; its draws would all be equal")
+    if per_pass > 1:
+        _refuse_shared(state)
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    state.drawing = True
+    try:
+        return _run(state, model, batch, draws, per_pass, logits)
+    finally:
+        state.drawing = False
+        for module in was_training:
+            module.training = True
+
+
+def _refuse_shared(state: State) -> None:
+    for site in state.sites:
+        if site.kind == "weight" or (site.kind == "layer" and site.entry.noise == "batch"):
+            raise ConfigError(
+                f"draws in one pass must not share what they drop; all rows share {site.name!r}; run one "
+                "draw a pass (per_pass=1)"
+            )
+
+
+def _run(state: State, model: nn.Module, batch: Any, draws: int, per_pass: int, logits: Any) -> MonteCarlo:
+    rows = _rows(batch)
+    total = entropies = None
+    with torch.no_grad():
+        for first in range(0, draws, per_pass):
+            count = min(per_pass, draws - first)
+            result = _forward(state, model, batch, rows, first, count)
+            found = _logits(result, logits)
+            if found.shape[0] != count * rows:
+                raise ShapeError(
+                    f"the logits must have one row for each input ({count * rows}); got {tuple(found.shape)}"
+                )
+            beliefs = torch.log_softmax(found.float(), dim=-1).unflatten(0, (count, rows)).double()
+            chances = beliefs.exp()
+            each = -torch.where(chances > 0, chances * beliefs, 0.0).sum(-1)
+            total = chances.sum(0) if total is None else total + chances.sum(0)
+            entropies = each.sum(0) if entropies is None else entropies + each.sum(0)
+    assert total is not None and entropies is not None
+    mean = total / draws
+    entropy = -torch.where(mean > 0, mean * mean.log(), 0.0).sum(-1)
+    shared = (entropy - entropies / draws).clamp(min=0)
+    return MonteCarlo(mean.float(), entropy.float(), shared.float(), draws)
+
+
+def _forward(state: State, model: nn.Module, batch: Any, rows: int, first: int, count: int) -> Any:
+    """One pass of the model, with draws first .. first + count - 1."""
+    step: int | torch.Tensor = first
+    if count > 1:
+        step = torch.arange(first, first + count).repeat_interleave(rows)
+    thresholds = tuple(threshold(site.schedule.peak) for site in state.sites)
+    examples = torch.zeros(count * rows, dtype=torch.int64)
+    snapshot = Snapshot(
+        step, 0, examples, {}, thresholds,
+        torch.tensor(thresholds, dtype=torch.int64), torch.as_tensor(step),
+    )  # fmt: skip
+    state.switch_on()
+    state.snapshot = snapshot
+    try:
+        repeated = _repeated(batch, rows, count)
+        if isinstance(repeated, Mapping):
+            return model(**repeated)
+        return model(repeated)
+    finally:
+        state.snapshot = None
+        state.frame = None
+        state.switch_off()
+
+
+def _rows(batch: Any) -> int:
+    first = (
+        next((v for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), None)
+        if isinstance(batch, Mapping)
+        else batch
+    )
+    if not isinstance(first, torch.Tensor) or not first.dim():
+        raise ShapeError(
+            "a batch must be a tensor, or a mapping that holds one, with its rows first; got "
+            f"{type(batch).__name__}"
+        )
+    return first.shape[0]
+
+
+def _repeated(batch: Any, rows: int, count: int) -> Any:
+    if isinstance(batch, Mapping):
+        return {name: _repeated(value, rows, count) for name, value in batch.items()}
+    if count > 1 and isinstance(batch, torch.Tensor) and batch.dim() and batch.shape[0] == rows:
+        return batch.repeat(count, *(1,) * (batch.dim() - 1))
+    return batch
+
+
+def _logits(result: Any, logits: Any) -> torch.Tensor:
+    found = result if logits is None else logits(result)
+    if logits is None and not isinstance(found, torch.Tensor):
+        found = getattr(result, "logits", None)
+    if not isinstance(found, torch.Tensor):
+        raise ShapeError(
+            f"the model's result must be logits or hold them as .logits; got {type(result).__name__}; pass "
+            "logits=lambda result: ..."
+        )
+    return found

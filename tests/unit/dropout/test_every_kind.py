@@ -1,0 +1,364 @@
+"""Every kind of dropout in every model of the zoo, through `attach`, and what each kind means."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from tests.support.masks import masks_seen
+from tests.support.model_zoo import ZOO
+from tests.support.tiny_models import gradients, loss_of, tiny_model, tokens
+from torch import nn
+
+import twodice
+from twodice.dropout.attach import Handle
+from twodice.dropout.sites import find
+from twodice.errors import ConfigError, ContractError
+
+pytestmark = pytest.mark.filterwarnings("ignore:another model is attached")
+
+
+def loss_in(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    result: Any = model(**batch)
+    return result["loss"]
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in model.modules()
+    )
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_each_kind_changes_the_loss_and_leaves_no_trace(name: str) -> None:
+    model, batch = ZOO[name]()
+    plain = loss_in(model, batch).item()
+    names, before = list(model.state_dict()), hooks_of(model)
+    model.eval()
+    calm = loss_in(model, batch)
+    model.train()
+    kinds = find(model).kinds
+    assert kinds
+    for kind in [*kinds, *(["layer:batch"] if "layer" in kinds else [])]:
+        handle = twodice.attach(model, f"{kind}=0.5", seed=3)
+        losses = []
+        for _ in range(2):
+            with handle.step(0):
+                loss = loss_in(model, batch)
+                model.zero_grad()
+                loss.backward()
+                losses.append(loss.item())
+        assert losses[0] == losses[1] != plain, kind
+        assert list(model.state_dict()) == names, kind
+        model.eval()
+        assert torch.equal(loss_in(model, batch), calm), kind
+        model.train()
+        handle.detach()
+        assert hooks_of(model) == before, kind
+        assert loss_in(model, batch).item() == plain, kind
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_kind_that_a_model_of_the_zoo_lacks_is_refused(name: str) -> None:
+    model, _ = ZOO[name]()
+    missing = [
+        kind for kind in ("key", "skip", "output", "head", "residual") if kind not in find(model).kinds
+    ]
+    before = hooks_of(model)
+    for kind in missing:
+        with pytest.raises(ConfigError, match=f"'{kind}' has no site"):
+            twodice.attach(model, f"{kind}=0.1")
+    assert hooks_of(model) == before
+
+
+CHECKPOINTED = [
+    name for name in ZOO if not name.startswith(("nn.", "convolutional", "MLP", "DistilBERT", "ALBERT"))
+]
+ALL = "embedding, token, word, attention, key, head, residual, activation, output, layer, weight, skip"
+
+
+def plan_of(model: nn.Module, rate: float = 0.2) -> str:
+    there = find(model).kinds
+    return ", ".join(f"{kind}={rate}" for kind in ALL.split(", ") if kind in there)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointing_gives_the_same_loss_and_gradients(name: str) -> None:
+    results = []
+    for checkpointed in (False, True):
+        model, batch = ZOO[name]()
+        if checkpointed:
+            model.gradient_checkpointing_enable(  # type: ignore[operator]
+                {"use_reentrant": False, "preserve_rng_state": False}
+            )
+        handle = twodice.attach(model, plan_of(model), seed=4)
+        with handle.step(2):
+            loss = loss_in(model, batch)
+            loss.backward()
+        results.append((loss, gradients(model)))
+    (loss, grads), (again, others) = results
+    assert torch.equal(loss, again)
+    assert grads.keys() == others.keys()
+    for parameter, grad in grads.items():
+        assert torch.allclose(grad, others[parameter], rtol=1e-5, atol=1e-7), parameter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_compiled_models_have_the_same_loss_and_gradients(name: str) -> None:
+    results = []
+    for compiled in (False, True):
+        model, batch = ZOO[name]()
+        plan = ", ".join(p for p in plan_of(model).split(", ") if not p.startswith("layer")) or "dropout=0.2"
+        handle = twodice.attach(model, plan, seed=4)
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        with handle.step(2):
+            loss = loss_in(run, batch)  # type: ignore[arg-type]
+            loss.backward()
+        results.append((loss, gradients(model)))
+    (loss, grads), (again, others) = results
+    assert torch.allclose(loss, again, rtol=1e-5, atol=1e-6)
+    for parameter, grad in grads.items():
+        assert torch.allclose(grad, others[parameter], rtol=1e-4, atol=1e-5), parameter
+
+
+# ---- what each kind means, on a model where it can be seen -------------------------------------------------
+
+
+def attached(plan: str, **rest: Any) -> tuple[nn.Module, Handle]:
+    model = tiny_model("llama", layers=3)
+    return model, twodice.attach(model, plan, seed=5, **rest)
+
+
+def test_tokens_are_dropped_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handle = attached("token=0.5")
+    with masks_seen(monkeypatch) as seen, handle.step(0):
+        model(input_ids=tokens())
+    (mask,) = seen["model#token"]
+    assert torch.equal(mask, mask[..., :1].expand_as(mask))
+    assert 0.3 < mask[..., 0].float().mean() < 0.7
+
+
+def test_a_word_is_dropped_wherever_it_stands_in_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handle = attached("word=0.5")
+    ids = tokens()
+    ids[:, 6:] = ids[:, :6]
+    with masks_seen(monkeypatch) as seen, handle.step(0):
+        model(input_ids=ids)
+    (mask,) = seen["model.embed_tokens#word"]
+    assert torch.equal(mask, mask[..., :1].expand_as(mask))
+    assert torch.equal(mask[:, 6:], mask[:, :6])
+    assert not torch.equal(mask[0], mask[1])  # one mask an example, not one a batch
+
+
+def test_heads_are_dropped_whole_and_at_every_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handle = attached("head[1]=0.5")
+    with masks_seen(monkeypatch) as seen, handle.step(0):
+        model(input_ids=tokens())
+    assert list(seen) == ["model.layers.1.self_attn#head"]
+    (mask,) = seen["model.layers.1.self_attn#head"]
+    heads = mask.unflatten(-1, (4, 8))
+    assert torch.equal(heads, heads[:, :1, :, :1].expand_as(heads))
+    assert 0.2 < heads[:, 0, :, 0].float().mean() < 0.8
+
+
+def test_features_are_locked_over_positions_and_blocks_share_a_decision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, handle = attached("residual.mlp:feature=0.5, embedding:block(4)=0.5")
+    with masks_seen(monkeypatch) as seen, handle.step(0):
+        model(input_ids=tokens())
+    (locked,) = seen["model.layers.0.mlp#residual"]
+    assert torch.equal(locked, locked[:, :1].expand_as(locked)) and locked.any() and not locked.all()
+    (blocks,) = seen["model#embedding"]
+    four = blocks.unflatten(-1, (8, 4))
+    assert torch.equal(four, four[..., :1].expand_as(four)) and not torch.equal(blocks[:, 0], blocks[:, 1])
+
+
+def test_dropped_weights_stand_only_within_the_call() -> None:
+    model, handle = attached("weight.model.layers.0.mlp.down_proj=0.5")
+    linear = model.model.layers[0].mlp.down_proj  # type: ignore[union-attr, index]
+    seen = []
+    inner = linear.register_forward_pre_hook(lambda module, args: seen.append(module.weight.detach().clone()))
+    with handle.step(3):
+        model(input_ids=tokens())
+        assert linear.weight is linear._parameters["weight"]
+    inner.remove()
+    key = twodice.Key(5).child("dropout", "model.layers.0.mlp.down_proj#weight", 0, 0)
+    assert torch.equal(seen[0], twodice.dropout(linear.weight.detach(), 0.5, key=key, step=3, layout="bc"))
+
+
+def test_a_tied_weight_is_dropped_in_the_lookup_unless_both_are_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()  # GPT-2 ties its head to its lookup
+    handle = twodice.attach(model, "weight=0.5", seed=5)
+    audit = handle.audit()
+    assert "transformer.wte#weight" in [record.site for record in audit.live]
+    (left,) = [record for record in audit.sites if record.site == "lm_head"]
+    assert not left.live and "weight:tied" in left.why
+    handle.detach()
+    handle = twodice.attach(model, "weight:tied=0.5", seed=5)
+    read = []
+    for module in (model.transformer.wte, model.lm_head):  # type: ignore[union-attr]
+        module.register_forward_pre_hook(lambda m, args: read.append(m.weight.detach().clone()))
+    with handle.step(0):
+        model(input_ids=tokens())
+    assert torch.equal(read[0], read[1]) and (read[0] == 0).float().mean() > 0.4
+
+
+def layers_run(model: nn.Module, handle: Handle, step: int) -> list[int]:
+    run = []
+    blocks = model.model.layers  # type: ignore[union-attr]
+    hooks = [
+        block.self_attn.register_forward_pre_hook(lambda m, args, i=i: run.append(i))
+        for i, block in enumerate(blocks)  # type: ignore[arg-type]
+    ]
+    with handle.step(step, examples=range(8)):
+        model.zero_grad()
+        loss_of(model, tokens()).backward()
+    for hook in hooks:
+        hook.remove()
+    return run
+
+
+def test_layers_left_out_for_the_batch_do_not_run_and_have_zero_gradients() -> None:
+    model, handle = attached("layer:batch=0.5")
+    seen: set[tuple[int, ...]] = set()
+    learned: set[int] = set()
+    for step in range(1, 13):
+        run = layers_run(model, handle, step)
+        kept = [
+            layer
+            for layer in range(3)
+            if bool(
+                twodice.dropout(
+                    torch.ones(1, 1),
+                    0.5,
+                    key=twodice.Key(5).child("dropout", f"model.layers.{layer}#layer", 0, 0),
+                    step=step,
+                    layout="bc",
+                ).any()
+            )
+        ]
+        # The first block that is left out is run once, to see what a block returns.
+        assert set(run) & (learned | set(kept)) == set(kept)
+        learned |= {0, 1, 2} - set(kept)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            if name.startswith("model.layers."):
+                is_zero = not parameter.grad.any()
+                assert is_zero == (int(name.split(".")[2]) not in kept), (step, name)
+        seen.add(tuple(kept))
+    assert len(seen) > 3
+
+
+def test_layers_dropped_for_an_example_hand_it_on_unchanged() -> None:
+    model, handle = attached("layer[1]=0.5")
+    block = model.model.layers[1]  # type: ignore[union-attr, index]
+    tensors: dict[str, torch.Tensor] = {}
+    block.register_forward_pre_hook(lambda m, args: tensors.__setitem__("in", args[0].detach()))
+    block.register_forward_hook(lambda m, args, out: tensors.__setitem__("out", out.detach()))
+    with handle.step(0):
+        model(input_ids=tokens())
+    same = (tensors["in"] == tensors["out"]).flatten(1).all(1)
+    assert same.any() and not same.all()
+
+
+def test_the_skip_path_is_dropped_and_the_branch_is_not() -> None:
+    model, handle = attached("skip.mlp[2]=0.5")
+    block = model.model.layers[2]  # type: ignore[union-attr, index]
+    tensors: dict[str, torch.Tensor] = {}
+    norm = block.post_attention_layernorm
+    norm.register_forward_pre_hook(lambda m, args: tensors.__setitem__("stream", args[0].detach()))
+    block.mlp.register_forward_pre_hook(lambda m, args: tensors.__setitem__("inside", args[0].detach()))
+    block.register_forward_hook(lambda m, args, out: tensors.__setitem__("out", out.detach()))
+    with handle.step(0):
+        model(input_ids=tokens())
+    key = twodice.Key(5).child("dropout", "model.layers.2.mlp#skip", 0, 0)
+    stream = twodice.dropout(tensors["stream"], 0.5, key=key, step=0)
+    gate, up, down = (getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down"))
+    inside = tensors["inside"]
+    branch = down(nn.functional.silu(gate(inside)) * up(inside)).detach()
+    assert torch.allclose(tensors["out"], stream + branch, atol=1e-5)
+
+
+def test_experts_drop_by_example_position_and_their_own_columns() -> None:
+    model, batch = ZOO["Mixtral"]()
+    results = []
+    for rows in (3, 1):
+        handle = twodice.attach(model, "activation=0.4", seed=8)
+        model.zero_grad()
+        parts = []
+        for first in range(0, 3, rows):
+            part = {
+                n: v[first : first + rows] if isinstance(v, torch.Tensor) else v for n, v in batch.items()
+            }
+            part.pop("labels")
+            with handle.step(1, examples=range(first, first + rows)):
+                parts.append(model(**part).logits.detach())
+        results.append(torch.cat(parts))
+        handle.detach()
+    assert torch.allclose(results[0], results[1], atol=1e-5)
+
+
+def test_a_depth_profile_gives_each_layer_its_own_rate() -> None:
+    _, handle = attached("residual=depth(0.0, 0.2), layer=layers(0.0, 0.1, 0.3)")
+    rates = {record.site: (record.rate, record.live) for record in handle.audit().sites}
+    assert rates["model.layers.0.mlp#residual"] == (0.0, False)
+    assert rates["model.layers.1.mlp#residual"] == (pytest.approx(0.1), True)
+    assert rates["model.layers.2.self_attn#residual"] == (0.2, True)
+    assert [rates[f"model.layers.{i}#layer"][0] for i in range(3)] == [0.0, 0.1, 0.3]
+    with pytest.raises(ConfigError, match="each of the 3 layers; got 2"):
+        attached("layer=layers(0.0, 0.1)")
+
+
+def test_a_plateau_follows_the_losses_that_were_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handle = attached("embedding=plateau(0.1, 4.0, 1, 0.8)")
+
+    def rate(step: int) -> float:
+        with masks_seen(monkeypatch) as seen, handle.step(step):
+            model(input_ids=tokens())
+        return 1 - seen["model#embedding"][0].float().mean().item()
+
+    handle.observe(0, 3.0)
+    assert rate(1) == pytest.approx(0.1, abs=0.03)
+    handle.observe(10, 3.5)
+    handle.observe(10, 3.5)  # the same again, as a resumed run tells it
+    assert rate(9) == pytest.approx(0.1, abs=0.03)
+    assert rate(10) == pytest.approx(0.4, abs=0.04)
+    with pytest.raises(ConfigError, match="by rising step"):
+        handle.observe(5, 1.0)
+    with pytest.raises(ConfigError, match="finite"):
+        handle.observe(11, float("nan"))
+
+
+def test_own_rates_that_feed_several_sites_are_not_half_replaced() -> None:
+    model, _ = ZOO["BART"](dropout=0.1)
+    before = hooks_of(model)
+    with pytest.raises(ConfigError, match=r"'dropout'.*speak of all of them"):
+        twodice.attach(model, "residual.decoder.mlp=0.1")
+    assert hooks_of(model) == before
+
+
+def test_packed_rows_need_a_slot_for_each_token() -> None:
+    model, handle = attached("residual=0.1")
+    positions = torch.cat((torch.arange(6), torch.arange(6)))[None].expand(8, -1)
+    with handle.step(0), pytest.raises(ContractError, match=r"examples \(B, T\)"):
+        model(input_ids=tokens(), position_ids=positions)
+    slots = torch.arange(16).repeat_interleave(6).view(8, 12)
+    with handle.step(0, examples=slots):
+        model(input_ids=tokens(), position_ids=positions)
+
+
+def test_an_attach_that_fails_leaves_nothing() -> None:
+    model = tiny_model("llama")
+    before = hooks_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConfigError):
+            twodice.attach(model, "embedding=0.1, layer=layers(0.1)")
+    assert hooks_of(model) == before
