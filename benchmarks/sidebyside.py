@@ -38,7 +38,19 @@ def alternate(
     rounds: int = 15,
     seconds: float = 0.02,
 ) -> dict[str, float]:
-    """Return the median seconds a call of each contender.
+    """Return the median seconds a call of each contender; the parameters are those of `turns`."""
+    found = turns(contenders, inputs, rounds=rounds, seconds=seconds)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def turns(
+    contenders: Mapping[str, Callable[[Any], Any]],
+    inputs: Sequence[Any],
+    *,
+    rounds: int = 15,
+    seconds: float = 0.02,
+) -> dict[str, list[float]]:
+    """Return the seconds a call of each contender, round by round.
 
     Parameters
     ----------
@@ -66,7 +78,7 @@ def alternate(
             for value in chosen:
                 call(value)
             found[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found
 
 
 def table(title: str, rows: Sequence[Row], ours: str, theirs: Sequence[str], file: Any = None) -> None:
