@@ -75,6 +75,31 @@ def test_a_run_stopped_at_every_look_ends_with_the_same_bits(
     assert_same_end(whole, out)
 
 
+def test_a_rate_that_follows_the_validation_loss_is_the_same_after_a_stop(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    """The learning rate is so small that no loss improves: the rate rises after each evaluation."""
+    settings = {**SETTINGS, "dropout": "residual=plateau(0.1, 3.0, 1, 0.9)", "optimizer": {"lr": 1e-12}}
+    train(tiny_config(**settings), store, tmp_path / "whole")
+    out = tmp_path / "run"
+    for looks in [9, 13, 17, 40]:
+        try:
+            train(tiny_config(**settings), store, out, stop=StopAfter(looks))
+            break
+        except Interrupted:
+            pass
+    assert_same_end(tmp_path / "whole", out)
+    train(tiny_config(**{**settings, "dropout": "residual=0.1"}), store, tmp_path / "constant")
+
+    def losses(folder: str) -> dict[int, float]:
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        return {r["step"]: r["loss_nats_per_token"] for r in records if r["kind"] == "train"}
+
+    followed, constant = losses("whole"), losses("constant")
+    assert [step for step in range(1, 8) if followed[step] != constant[step]] == [4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(
     "file", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 )

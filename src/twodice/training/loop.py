@@ -166,6 +166,8 @@ def _run(
     log = MetricsLog(out / run_folder.METRICS, None if state is None else state["metrics"])
     ends.callback(log.close)
     best = Best.from_records(log.records)
+    for record in log.records:
+        do_step.observe(record)
     if state is not None:
         path = disk.checkpoint_path(folder, step)
         put_weights(model, disk.read_tensors(path, WEIGHTS))
@@ -201,6 +203,7 @@ def _run(
                 losses = evaluate(model, windows, rows=rows, device=device, arithmetic=arithmetic, stop=stop)
                 record = {"kind": "evaluation", "step": step, **losses}
                 log.write(record)
+                do_step.observe(record)
                 saved_step = -1  # a checkpoint that a stop has made of this step does not know the evaluation
                 is_better = best.see(record)
                 if is_better:

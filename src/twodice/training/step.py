@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -218,6 +218,13 @@ class TrainingStep:
             group["lr"] = self.rate(step)
         self.optimizer.step()
         return value
+
+    def observe(self, record: Mapping[str, Any]) -> None:
+        """Tell a logged record to the plan's schedules: those that follow the validation loss hear that of
+        validation A.
+        """
+        if self.handle is not None and record["kind"] == "evaluation":
+            self.handle.observe(record["step"], record["validation_a_nats_per_token"])
 
     def close(self) -> None:
         """Take dropout out of the model again."""
