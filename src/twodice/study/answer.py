@@ -19,34 +19,98 @@ def _quoted(names: Sequence[str]) -> str:
     return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
 
 
-def answer_of(arms: Sequence[schema.Arm], baseline: str, *, is_complete: bool) -> str:
-    """The answer in one sentence: first dropout, then what else was asked."""
+def answer_of(
+    arms: Sequence[schema.Arm],
+    baseline: str,
+    contrasts: Sequence[schema.Contrast],
+    *,
+    is_complete: bool,
+) -> str:
+    """The answer in one sentence: first dropout, then what else was asked.
+
+    Dropout is credited with what the contrasts show, which differ in it alone, and with nothing else.
+    """
     lead = "" if is_complete else "So far (not all trials are done): "
     compared = [arm for arm in arms if arm.name != baseline]
     # Against a baseline that drops units itself, no difference says whether dropout helps.
     asks = not any(arm.has_dropout for arm in arms if arm.name == baseline)
     dropping = [arm for arm in compared if arm.has_dropout and asks]
     others = [arm for arm in compared if arm not in dropping]
-    said = _of_group(dropping, "dropout", baseline) if dropping else _of_group(others, "", baseline)
+    said = _of_dropout(dropping, contrasts, baseline) if dropping else _of_change(others, baseline)
     if dropping and others:
         said += "; without dropout " + ", ".join(map(_of_other, others))
-    text = lead + said
+    text = f"{lead}on this text {said}"
     return text[0].upper() + text[1:] + "."
 
 
-def _of_group(arms: Sequence[schema.Arm], what: str, baseline: str) -> str:
+def _lowest(arms: Sequence[schema.Arm]) -> schema.Arm:
+    return min(arms, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
+
+
+def _of_dropout(dropping: Sequence[schema.Arm], contrasts: Sequence[schema.Contrast], baseline: str) -> str:
+    """What may be said of dropout, given the arms that have it."""
+    helping, hurting = ([c for c in contrasts if c.verdict == verdict] for verdict in ("helps", "hurts"))
+    winners = [arm for arm in dropping if arm.verdict == "helps"]
+    if helping:
+        said = _of_contrasts(helping, baseline)
+        if hurting:
+            said += f"; but dropout {_of_contrasts(hurting, baseline).removeprefix('dropout ')}"
+        best = _lowest(winners) if winners else None
+        if best is not None and best.name not in {c.arm for c in helping}:
+            said += f"; the arm '{best.name}' {best.words} against '{baseline}', {_share(best, contrasts)}"
+        return said
+    if winners:
+        best = _lowest(winners)
+        return f"the arm '{best.name}' {best.words} against '{baseline}'; {_share(best, contrasts)}"
+    if contrasts and len(hurting) == len(contrasts):
+        return _of_contrasts(hurting, baseline)
+    if contrasts:
+        by_name = {arm.name: arm for arm in dropping}
+        unclear = [c for c in contrasts if c.verdict == "cannot tell"]
+        nearest = min(unclear, key=lambda c: by_name[c.arm].at_best.validation_nats_per_token.mean)
+        return (
+            f"we cannot tell whether dropout helps: arm '{nearest.arm}'{_on_top(nearest, baseline)} "
+            f"{_after_colon(nearest.words)}"
+        )
+    nearest_arm = _lowest(dropping)
+    return (
+        f"we cannot tell whether dropout helps, for no two arms differ in it alone: arm '{nearest_arm.name}' "
+        f"{_after_colon(nearest_arm.words)}"
+    )
+
+
+def _of_contrasts(told: Sequence[schema.Contrast], baseline: str) -> str:
+    """``dropout helps by ... against 'neither' (arm 'dropout') and helps by ... on top of ...``."""
+    parts = []
+    for one in told:
+        against = f"against '{one.against}'" if one.against == baseline else f"on top of '{one.against}'"
+        parts.append(f"{one.words} {against} (arm '{one.arm}')")
+    return "dropout " + " and ".join(parts)
+
+
+def _share(arm: schema.Arm, contrasts: Sequence[schema.Contrast]) -> str:
+    """That what an arm gains is not shown to be dropout's, and by which contrast."""
+    own = next((c for c in contrasts if c.arm == arm.name), None)
+    if own is None:
+        return "dropout's share in it is not shown, for no arm differs from it in dropout alone"
+    if own.verdict == "hurts":
+        return f"dropout's share in it is a loss: against '{own.against}' it {own.words}"
+    return f"dropout's share in it is not shown (against '{own.against}': {_after_colon(own.words)})"
+
+
+def _on_top(contrast: schema.Contrast, baseline: str) -> str:
+    return "" if contrast.against == baseline else f" against '{contrast.against}'"
+
+
+def _of_change(arms: Sequence[schema.Arm], baseline: str) -> str:
+    """What may be said where nothing is asked of dropout."""
     helping = [arm for arm in arms if arm.verdict == "helps"]
     hurting = [arm for arm in arms if arm.verdict == "hurts"]
-    if helping:
-        best = min(helping, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
-        return f"on this text {what or 'the change'} {best.words} against '{baseline}' (arm '{best.name}')"
-    if hurting and len(hurting) == len(arms):
-        least = min(hurting, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
-        return f"on this text {what or 'the change'} {least.words} against '{baseline}' (arm '{least.name}')"
-    unclear = [arm for arm in arms if arm.verdict == "cannot tell"]
-    nearest = min(unclear, key=lambda arm: arm.at_best.validation_nats_per_token.mean)
-    whether = f"whether {what} helps" if what else "whether any change helps"
-    return f"on this text we cannot tell {whether}: arm '{nearest.name}' {_after_colon(nearest.words)}"
+    if helping or len(hurting) == len(arms):
+        best = _lowest(helping if helping else hurting)
+        return f"the change {best.words} against '{baseline}' (arm '{best.name}')"
+    nearest = _lowest([arm for arm in arms if arm.verdict == "cannot tell"])
+    return f"we cannot tell whether any change helps: arm '{nearest.name}' {_after_colon(nearest.words)}"
 
 
 def _of_other(arm: schema.Arm) -> str:

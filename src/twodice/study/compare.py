@@ -80,7 +80,7 @@ def holm(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return adjusted, np.take_along_axis(ratio, back, axis=-1)
 
 
-def paired(differences_SAN: np.ndarray, scale: float = 1.0) -> Paired:
+def paired(differences_SAN: np.ndarray, scale: float = 1.0, factor: np.ndarray | None = None) -> Paired:
     """Compare A arms with the baseline in each of S studies.
 
     Parameters
@@ -89,6 +89,8 @@ def paired(differences_SAN: np.ndarray, scale: float = 1.0) -> Paired:
         Arm minus baseline, paired by seed; at least two seeds.
     scale
         Typical size of the values that were subtracted; a spread below 1e-12 of it is rounding.
+    factor
+        (..., A) by which each p is adjusted; without it Holm's.
     """
     n = differences_SAN.shape[-1]
     if n < 2:
@@ -102,7 +104,10 @@ def paired(differences_SAN: np.ndarray, scale: float = 1.0) -> Paired:
     # Without any spread a difference is certain and no difference is none: p is 0 or 1.
     ratio = np.divide(np.abs(mean), error, out=np.where(mean == 0, 0.0, np.inf), where=error > 0)
     p = 2 * stdtr(n - 1, -ratio)
-    adjusted, factor = holm(p)
+    if factor is None:
+        adjusted, factor = holm(p)
+    else:
+        adjusted = np.minimum(1.0, factor * p)
     half = half_width(n, ALPHA / factor) * error
     half_alone = half_width(n, ALPHA) * error
     return Paired(
@@ -151,6 +156,42 @@ def compare(baseline: Sequence[float], arms: Sequence[Sequence[float]]) -> list[
     return [_difference(found, i, differences[i], per_cent) for i in range(len(arms))]
 
 
+def compare_pairs(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray, Difference | None]],
+) -> list[Difference]:
+    """Compare pairs of arms, each by its own losses, as one family of Holm's.
+
+    Parameters
+    ----------
+    pairs
+        The losses of the arm, those that they are held against (both (N,), in the same order of seeds), and
+        how the same two were judged in another family, or None: the wider adjustment of the two is taken.
+    """
+    rows = [arm - against for arm, against, _ in pairs]
+    per_cent = [100 / float(against.mean()) for _, against, _ in pairs]
+    if not rows or rows[0].size < 2:
+        return [_one_seed(float(row[0]), scale) for row, scale in zip(rows, per_cent, strict=True)]
+    found = paired(np.stack(rows), max(float(np.abs(against).max()) for _, against, _ in pairs))
+    factor = found.factor.copy()
+    for i, (_, _, other) in enumerate(pairs):
+        if other is not None and other.p and other.p_adjusted is not None and other.p_adjusted < 1:
+            factor[i] = max(factor[i], other.p_adjusted / other.p)
+        elif other is not None and other.p_adjusted is not None and other.low is not None:
+            # p = 0, or an adjusted p cut at 1, keeps no factor: take over the whole judgement.
+            factor[i] = max(factor[i], _factor_of(other, len(rows[i])))
+    found = paired(np.stack(rows), max(float(np.abs(against).max()) for _, against, _ in pairs), factor)
+    return [_difference(found, i, rows[i], per_cent[i]) for i in range(len(rows))]
+
+
+def _factor_of(told: Difference, n: int) -> float:
+    """The factor by which a comparison was adjusted, read off its interval; 1 without any spread."""
+    sd = float(np.std(told.values, ddof=1))
+    if told.high is None or told.low is None or told.high == told.low or sd == 0:
+        return 1.0
+    half = (told.high - told.low) / 2
+    return float(ALPHA / (2 * stdtr(n - 1, -half / (sd / np.sqrt(n)))))
+
+
 def _one_seed(value: float, per_cent: float) -> Difference:
     return Difference(
         mean=value, low=None, high=None, p=None, p_adjusted=None, more_seeds=None, low_alone=None,
@@ -189,7 +230,12 @@ def verdict(difference: Difference | None) -> Verdict:
 
 
 def words(difference: Difference | None) -> str:
-    """The verdict in words, such as ``helps by 3.1 % [2.2, 4.0]``; the interval is the adjusted one."""
+    """The verdict in words; the interval is the adjusted one and is read as its word is.
+
+    ``helps by 3.1 % [2.2, 4.0]``, ``hurts by 3.1 % [2.2, 4.0]``, ``cannot tell: 0.2 % worse [0.6 better to
+    0.9 worse]``. Numbers with a sign (`Percent`, the pictures) are the arm minus the baseline: a minus is
+    better.
+    """
     said = verdict(difference)
     if difference is None:
         return "the baseline"
@@ -202,12 +248,18 @@ def words(difference: Difference | None) -> str:
         more = difference.more_seeds
         need = f"more than {MOST_MORE_SEEDS} more seeds would be needed"
         if more is not None:
-            need = f"about {more} more {'seed' if more == 1 else 'seeds'} would"
-        # Like 'helps by', positive is better: the two ends change places with the sign.
-        return f"cannot tell: {_by(percent.mean)} [{brief(-percent.high)}, {brief(-percent.low)}]; {need}"
+            need = f"very roughly {more} more {'seed' if more == 1 else 'seeds'} would"
+        return f"cannot tell: {_by(percent.mean)} [{_side(percent.low)} to {_side(percent.high)}]; {need}"
     sign = -1 if said == "helps" else 1
     ends = sorted((sign * percent.low, sign * percent.high))
     return f"{said} by {brief(abs(percent.mean))} % [{brief(ends[0])}, {brief(ends[1])}]"
+
+
+def _side(percent: float) -> str:
+    """An end of an interval with its side in words, so that no sign has to be interpreted."""
+    if percent == 0:
+        return "0"
+    return f"{brief(abs(percent))} {'better' if percent < 0 else 'worse'}"
 
 
 def _by(percent: float) -> str:

@@ -277,6 +277,13 @@ def style_sheet() -> str:
     )
 
 
+def cut_at(report: Report) -> float | None:
+    """The loss at which the curves begin, where it lies above what the axis shows; None where all is seen."""
+    curves = plot_data.curves_data(report)
+    firsts = [arm.validation.mean[0] for arm in curves.arms if arm.validation.mean]
+    return firsts[0] if firsts and max(firsts) > curves.validation_limits[1] else None
+
+
 def pictures(report: Report) -> dict[str, Any]:
     """Every picture of the page as SVG, by its place in the template."""
     curves = plot_data.curves_data(report)
@@ -349,6 +356,7 @@ def render(report: Report) -> str:
             policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
             svg=Markup,  # pictures are escaped by the XML writer that made them
             pictures=drawn,
+            cut_at=cut_at(report),
             figures=key_figures(report),
             rows=cross_rows(report),
             models=plot_data.cross_arms(report),

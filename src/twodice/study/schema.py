@@ -100,13 +100,23 @@ class Arm(_Part):
     words: str = Field(description="the verdict in words, such as 'helps by 3.1 % [2.2, 4.0]'")
     words_at_end: str
     only_at_end: bool = Field(
-        description="it wins at the end and not at the best step: early stopping does as well"
+        description="it wins at the end and is not shown to win at the best step, where all may stop early"
     )
     overfits_percent: float = Field(
         description="how far the mean loss at the end is above that at the best step, in percent"
     )
     curve: Curve
     tuned: dict[str, str] = Field(description="settings that were tuned for this arm, with the value taken")
+
+
+class Contrast(_Part):
+    """An arm with dropout against the arm that differs from it in dropout alone: what dropout itself does."""
+
+    arm: str
+    against: str = Field(description="the arm without dropout that has all other settings of `arm`")
+    at_best: Difference = Field(description="`arm` minus `against`, adjusted over all contrasts")
+    verdict: Verdict
+    words: str
 
 
 class Setting(_Part):
@@ -272,6 +282,9 @@ class Report(_Part):
     confidence: float = 0.95
     primary: str = "validation_nats_per_token"
     arms: list[Arm]
+    dropout_contrasts: list[Contrast] = Field(
+        default=[], description="what dropout alone does; the answer credits dropout with nothing else"
+    )
     sampling: list[Sampling]
     human: HumanText | None
     cross: Cross | None

@@ -15,6 +15,7 @@ from twodice.errors import DataError
 from twodice.study import compare, schema
 from twodice.study.answer import answer_of, details_of, notes_of, plan_words
 from twodice.study.arms import Arm
+from twodice.study.contrasts import beyond_dropout, dropout_contrasts
 from twodice.study.effects import effects
 from twodice.study.records import Record, in_order, read_records
 from twodice.study.sampling_cross import settings_of
@@ -95,6 +96,7 @@ def summarise(records: Sequence[Record]) -> schema.Report:
     others = [arm.name for arm in found.arms if arm.name != baseline]
     at_best, at_end = (_comparisons(found, seeds, baseline, others, when) for when in ("best", "end"))
     arms = [_arm(found, arm, seeds, at_best[arm.name], at_end[arm.name]) for arm in found.arms]
+    contrasts = dropout_contrasts(arms, baseline)
     best = choose_best(arms, baseline)
     best_seed = choose_seed(found, best, seeds)
     cells = _sampling(found, seeds)
@@ -104,7 +106,7 @@ def summarise(records: Sequence[Record]) -> schema.Report:
     smallest = compare.smallest_detectable(spec.seeds, len(others))
     report = schema.Report(
         twodice=found.study["twodice"],
-        answer=answer_of(arms, baseline, is_complete=len(seeds) == spec.seeds),
+        answer=answer_of(arms, baseline, contrasts, is_complete=len(seeds) == spec.seeds),
         details=[],
         data=schema.Facts.model_validate(found.study["data"]),
         model=schema.Model.model_validate(found.study["model"]),
@@ -116,6 +118,7 @@ def summarise(records: Sequence[Record]) -> schema.Report:
         seeds=seeds,
         is_complete=len(seeds) == spec.seeds,
         arms=arms,
+        dropout_contrasts=contrasts,
         sampling=cells,
         human=None if human is None else schema.HumanText.model_validate(human["measures"]),
         cross=cross,
@@ -227,13 +230,6 @@ def choose_best(arms: Sequence[schema.Arm], baseline: str) -> str:
 def choose_seed(found: Found, arm: str, seeds: Sequence[int]) -> int:
     """Of the trials of an arm the one with the lowest loss on validation A; the first of equals."""
     return min(seeds, key=lambda s: float(_moments(found.trials[arm, s])[0]["validation_a_nats_per_token"]))
-
-
-def beyond_dropout(arm: schema.Arm, baseline: schema.Arm) -> list[str]:
-    """The settings beside dropout in which an arm was asked to differ from the baseline."""
-    ours, theirs = dict(arm.settings), dict(baseline.settings)
-    of_dropout = {"dropout", "dropout_draw"}
-    return sorted(k for k in {*ours, *theirs} - of_dropout if ours.get(k) != theirs.get(k))
 
 
 def choose_cross(arms: Sequence[schema.Arm], baseline: str, best: str) -> tuple[list[str], str | None, str]:

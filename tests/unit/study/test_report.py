@@ -22,6 +22,7 @@ from tests.support.report_cases import (
 )
 
 from twodice.errors import DataError
+from twodice.study.contrasts import dropout_contrasts
 from twodice.study.cross_words import cross_sentence, cross_summary, is_clear
 from twodice.study.effects import effects
 from twodice.study.marks import marked, repeated
@@ -121,7 +122,7 @@ def test_every_answer_verdict_and_command_is_said_as_it_was_found(page: str) -> 
         == 1
     )
     assert report.how.case is not None and report.how.case in text
-    assert "about 5 more seeds would" in text
+    assert "very roughly 5 more seeds would" in text
 
 
 def test_hostile_names_and_texts_are_only_ever_text() -> None:
@@ -274,3 +275,23 @@ def test_many_blank_lines_take_one_line_of_the_page() -> None:
 
     assert without_blanks("a" + "\n" * 7 + "b") == "a⏎×7\nb"
     assert without_blanks("a\n\n\nb") == "a\n\n\nb"
+
+
+def test_the_axis_is_said_to_be_cut_only_where_it_is() -> None:
+    report = full_report()
+    said = "the axis is cut to what follows the first fifth"
+    assert said in render(report)
+    flat = report.model_dump()
+    for arm in flat["arms"]:
+        for estimate in arm["curve"]["validation_nats_per_token"]:
+            estimate.update(arm["curve"]["validation_nats_per_token"][-1])
+    assert said not in render(type(report).model_validate(flat))
+
+
+def test_the_page_shows_what_dropout_alone_does() -> None:
+    report = full_report()
+    contrasts = dropout_contrasts(report.arms, report.baseline)
+    page = render(report.model_copy(update={"dropout_contrasts": contrasts}))
+    assert "What dropout alone does" in page and "What dropout alone does" not in render(report)
+    assert [(c.arm, c.against) for c in contrasts] == [("dropout", "neither"), ("both", "weight decay")]
+    assert all(contrast.words in page for contrast in contrasts)

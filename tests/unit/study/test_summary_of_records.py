@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.example_records import example_records
+from tests.support.example_records import example_records, example_spec
 from tests.support.example_report import example_report
 
 from twodice.errors import ConfigError, DataError
@@ -110,6 +110,18 @@ def test_words_carry_the_adjusted_interval_in_percent() -> None:
     assert compare.words(told).startswith(
         "cannot tell: 0.5 % worse ["
     ) and "more seeds would" in compare.words(told)
+
+
+def test_an_interval_is_read_as_its_word_is() -> None:
+    base = [2.0, 2.0, 2.0]
+    (worse,) = compare.compare(base, [[2.05, 1.99, 2.0]])
+    (better,) = compare.compare(base, [[1.95, 2.01, 2.0]])
+    for told in (worse, better):
+        low, high = told.percent.low, told.percent.high
+        assert low is not None and high is not None and low < 0 < high
+        assert f"[{brief(-low)} better to {brief(high)} worse]" in compare.words(told)
+    assert "% worse [" in compare.words(worse) and "% better [" in compare.words(better)
+    assert "-" not in compare.words(worse) and "−" not in compare.words(worse)
 
 
 def test_the_imagined_report_is_of_the_same_shape() -> None:
@@ -249,7 +261,7 @@ def test_a_small_bound_keeps_its_sign_and_its_size() -> None:
     said = [brief(x) for x in (0.0, 0.04, -0.04, 1.26, -0.001, 0.00051, -0.0000312, 0.0996)]
     assert said == ["0.0", "0.04", "−0.04", "1.3", "−0.001", "0.00051", "−0.000031", "0.1"]
     (told,) = compare.compare([2.0, 2.0, 2.0], [[1.9999, 2.0001, 1.99997]])
-    assert compare.words(told).startswith("cannot tell: 0.0005 % better [−0.012, 0.013]; ")
+    assert compare.words(told).startswith("cannot tell: 0.0005 % better [0.013 better to 0.012 worse]; ")
     assert percent(-0.0004) == "−0.0004\u202f%"
 
 
@@ -296,6 +308,102 @@ def test_an_arm_that_helps_is_the_answer_with_its_interval() -> None:
     assert report.answer.startswith(
         f"On this text dropout {dropout.words} against 'neither' (arm 'dropout'); without dropout "
     )
+
+
+def records_of_four_arms(levels: dict[str, float], seeds: int = 5) -> list[dict[str, object]]:
+    """Trials of neither, dropout, weight decay and both whose losses on unseen text are near `levels`."""
+    spec = example_spec(
+        arms=[
+            ("neither", ""),
+            ("dropout", "residual=0.1"),
+            ("weight decay", "weight_decay=1"),
+            ("both", "residual=0.1; weight_decay=1"),
+        ],
+        seeds=seeds,
+        sampling=None,
+    )
+    records = [r for r in example_records() if r["kind"] in ("study", "sanity")]
+    records[0] = {**records[0], "spec": spec.model_dump(mode="json"), "sampling": None}
+    template = next(r for r in example_records() if r["kind"] == "trial")
+    rng = np.random.default_rng(7)
+    for seed in spec.seed_list:
+        luck = 0.05 * rng.standard_normal()
+        for arm, level in levels.items():
+            loss = level + luck + 0.004 * rng.standard_normal()
+            evaluations = [
+                {**e, **{f"validation_{part}_nats_per_token": loss + above for part in "ab"}}
+                for e, above in zip(template["evaluations"], (3.0, 0.0, 0.4), strict=True)
+            ]
+            records.append({**template, "arm": arm, "seed": seed, "evaluations": evaluations})
+    return records
+
+
+def test_dropout_is_not_credited_with_what_weight_decay_does() -> None:
+    levels = {"neither": 3.0, "dropout": 3.0, "weight decay": 2.9, "both": 2.9}
+    report = summarise(records_of_four_arms(levels))
+    assert [arm.verdict for arm in report.arms] == ["baseline", "cannot tell", "helps", "helps"]
+    assert [(c.arm, c.against) for c in report.dropout_contrasts] == [
+        ("dropout", "neither"),
+        ("both", "weight decay"),
+    ]
+    assert {c.verdict for c in report.dropout_contrasts} == {"cannot tell"}
+    both = report.arms[3]
+    assert report.answer.startswith(f"On this text the arm 'both' {both.words} against 'neither'; dropout's ")
+    assert "share in it is not shown (against 'weight decay': " in report.answer
+    assert "dropout helps" not in report.answer and "dropout hurts" not in report.answer
+    told = report.dropout_contrasts[1].at_best
+    pairs = zip(both.at_best.validation_nats_per_token.values,
+                report.arms[2].at_best.validation_nats_per_token.values, strict=True)  # fmt: skip
+    assert told.values == [a - b for a, b in pairs]
+
+
+def test_dropout_is_credited_where_an_arm_that_is_alike_but_for_it_does_worse() -> None:
+    report = summarise(
+        records_of_four_arms({"neither": 3.0, "dropout": 2.9, "weight decay": 3.0, "both": 2.8})
+    )
+    alone, on_top = report.dropout_contrasts
+    assert report.answer.startswith(
+        f"On this text dropout {alone.words} against 'neither' (arm 'dropout') and {on_top.words} on top of "
+        "'weight decay' (arm 'both'); without dropout "
+    )
+    report = summarise(
+        records_of_four_arms({"neither": 3.0, "dropout": 3.0, "weight decay": 2.9, "both": 2.95})
+    )
+    assert "dropout's share in it is a loss: against 'weight decay' it hurts by" in report.answer
+
+
+def test_contrasts_of_dropout_are_adjusted_for_their_number_and_never_gainsay_the_arm() -> None:
+    levels = {"neither": 3.0, "dropout": 2.996, "weight decay": 3.0, "both": 3.0}
+    for seeds in (3, 5, 9):
+        report = summarise(records_of_four_arms(levels, seeds))
+        ps = np.array([c.at_best.p for c in report.dropout_contrasts])
+        least, _ = compare.holm(ps)
+        arm = report.arms[1].at_best.difference
+        assert arm is not None and arm.p_adjusted is not None
+        first, second = (c.at_best.p_adjusted for c in report.dropout_contrasts)
+        assert first == pytest.approx(max(least[0], arm.p_adjusted)) and second == pytest.approx(least[1])
+        for told in (c.at_best for c in report.dropout_contrasts):
+            assert told.p_adjusted is not None and told.low is not None and told.high is not None
+            assert (told.low <= 0 <= told.high) == (told.p_adjusted >= 0.05)
+
+
+def test_an_arm_that_no_arm_is_like_without_dropout_earns_dropout_nothing() -> None:
+    records = records_of_four_arms({"neither": 3.0, "both": 2.9})
+    spec = example_spec(
+        arms=[("neither", ""), ("both", "residual=0.1; weight_decay=1")], seeds=5, sampling=None
+    )
+    records[0] = {**records[0], "spec": spec.model_dump(mode="json")}
+    report = summarise(records)
+    assert report.dropout_contrasts == []
+    assert report.answer.endswith("not shown, for no arm differs from it in dropout alone.")
+    for record in records:
+        if record.get("arm") == "both":
+            record["evaluations"] = next(
+                r["evaluations"]
+                for r in records
+                if (r.get("arm"), r.get("seed")) == ("neither", record["seed"])
+            )
+    assert "for no two arms differ in it alone: arm 'both'" in summarise(records).answer
 
 
 def test_texts_that_are_not_recorded_are_said_to_be_missing() -> None:
