@@ -362,3 +362,29 @@ def test_an_attach_that_fails_leaves_nothing() -> None:
         with pytest.raises(ConfigError):
             twodice.attach(model, "embedding=0.1, layer=layers(0.1)")
     assert hooks_of(model) == before
+
+
+def test_a_schedule_of_a_hundred_rates_is_one_compiled_graph() -> None:
+    """Rates and steps are tensors; graphs are counted by a backend of our own."""
+    model = tiny_model()
+    handle = twodice.attach(
+        model, "embedding=linear(0.1, 0.9), attention=linear(0.0, 0.5), residual:feature=cosine(0.1, 0.6), "
+        "head=linear(0.1, 0.3), activation:gaussian=linear(0.1, 0.4)",
+        seed=5, total_steps=100,
+    )  # fmt: skip
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=counting)
+    losses, counts = set(), []
+    for step in range(100):
+        with handle.step(step, examples=range(8)), torch.no_grad():
+            losses.add(run(input_ids=tokens(), use_cache=False).logits.sum().item())
+        counts.append(len(graphs))
+    assert len(losses) > 95
+    # The first forward makes the graphs (the model breaks them where it looks at Python); no rate makes more.
+    assert counts[0] == counts[-1] >= 1
