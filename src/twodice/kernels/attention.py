@@ -52,7 +52,8 @@ def attention(
     Parameters
     ----------
     query, key, value : tensor (B, H, T, K), (B, N, S, K), (B, N, S, W)
-        Of one dtype and device. N divides H: head h of the queries reads key head ``h // (H / N)``.
+        Of one dtype and device; under autocast they are cast first, as for ``scaled_dot_product_attention``.
+        N divides H: head h of the queries reads key head ``h // (H / N)``.
     threshold : int or 0-dim int64 tensor
         In [0, 65536]: 65536 times the rate of dropping a weight.
     site_key : Key or int
@@ -96,6 +97,10 @@ def attention(
     *Randomness.* Masks are those of `kernels.dropout.dropout` on the weights: a pure function of (key, step,
     example, query's position, query head, key's position).
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave queries and keys in float32 beside values in bfloat16.
+        low = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x if x.dtype == torch.float64 else x.to(low) for x in (query, key, value))
     _check(query, key, value, bias, sinks, window, softcap)
     if keys_key is None and not (isinstance(drop_keys, int) and drop_keys == 0):
         raise ConfigError("drop_keys needs a key of its own: give keys_key")
