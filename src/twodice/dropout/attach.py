@@ -27,10 +27,11 @@ from twodice.dropout.hooks import BaseHook, Hook, Inert, Reader, RootEnd, RootHo
 from twodice.dropout.install import Hooked, make_site, switch_off
 from twodice.dropout.monte_carlo import MonteCarlo, monte_carlo
 from twodice.dropout.plan import KINDS, STACKS, DropoutPlan, Entry
-from twodice.dropout.schedules import Constant, Schedule, threshold
+from twodice.dropout.schedules import Constant, Schedule
 from twodice.dropout.sites import Inventory, OwnDropout, Place, find, has_fast_path, unwrap, walk
 from twodice.dropout.step import FORMULA, Snapshot, coordinate, site_key
 from twodice.errors import ConfigError, ContractError, nearest
+from twodice.random.thresholds import round_rate
 
 _NUMBERS = itertools.count(1)
 _STATES: weakref.WeakSet[State] = weakref.WeakSet()
@@ -231,7 +232,7 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
     for site in state.sites:
         if site.schedule not in in_force:
             rate = site.schedule.rate(step, state.total_steps, state.losses)
-            in_force[site.schedule] = threshold(rate)
+            in_force[site.schedule] = round_rate(rate)
     thresholds = tuple(in_force[site.schedule] for site in state.sites)
     return Snapshot(
         step,

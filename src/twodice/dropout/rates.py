@@ -15,16 +15,10 @@ from math import cos, floor, pi
 
 from twodice.errors import ConfigError
 
-LANES = 65536
 SMALLEST = 2.0**-17
 
 #: Validation losses as they were logged: (step, loss), by rising step.
 Losses = Sequence[tuple[int, float]]
-
-
-def threshold(rate: float) -> int:
-    """Return ``t = round(rate * 65536)`` in [0, 65536]: a unit is dropped iff its 16-bit lane is below t."""
-    return round(rate * LANES)
 
 
 def _rate(value: object, what: str) -> float:

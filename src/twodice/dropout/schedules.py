@@ -19,7 +19,6 @@ from twodice.dropout.rates import (
     Plateau,
     Schedule,
     Triangle,
-    threshold,
 )
 from twodice.errors import ConfigError, nearest
 
@@ -40,7 +39,6 @@ __all__ = [
     "Schedule",
     "Triangle",
     "parse_schedule",
-    "threshold",
 ]
 
 

@@ -11,21 +11,15 @@ Letters: B rows, H heads, T positions, C columns.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from twodice.errors import ConfigError
 from twodice.random.keys import Key, key_bits
 from twodice.random.philox import philox4x32
+from twodice.random.thresholds import ONE as ONE
+from twodice.random.thresholds import round_rate as round_rate
 
-ONE = 1 << 16  # the threshold of p = 1
 BOUNDS = {"head": 1 << 12, "column": 1 << 23, "position": 1 << 32, "example": 1 << 32, "step": 1 << 32}
-
-
-def round_rate(p: float) -> int:
-    """Return ``p * 65536`` rounded to the nearest integer, halves towards 32768 (so that 1 - p mirrors p)."""
-    return math.floor(p * ONE + 0.5) if p <= 0.5 else math.ceil(p * ONE - 0.5)
 
 
 def threshold(p: float, *, constant: bool = True, name: str = "p") -> int:

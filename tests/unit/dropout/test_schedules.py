@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from twodice.dropout.schedules import Constant, Early, Late, Linear, parse_schedule, threshold
+from twodice.dropout.schedules import Constant, Early, Late, Linear, parse_schedule
 from twodice.errors import ConfigError
+from twodice.random.thresholds import round_rate
 
 
 def rates(text: str, total: int | None = 10, steps: int = 10) -> list[float]:
@@ -136,7 +137,7 @@ def test_peak_is_the_highest_rate() -> None:
 
 
 def test_threshold_counts_in_65536ths() -> None:
-    assert [threshold(p) for p in (0.0, 0.1, 0.5, 1.0)] == [0, 6554, 32768, 65536]
+    assert [round_rate(p) for p in (0.0, 0.1, 0.5, 1.0)] == [0, 6554, 32768, 65536]
 
 
 @pytest.mark.parametrize(
