@@ -89,6 +89,9 @@ def test_a_study_answers_and_leaves_everything_in_its_folder(finished: tuple[Pat
     assert {cell.setting.name for cell in report.sampling} == {"greedy", "top-k 5"}
     assert {example.arm for example in report.examples} >= {"neither", "dropout", "human"}
     assert report.sanity[0].name == "xz"
+    # The losses compared are over all of validation text B, though an evaluation looks at 4 windows only.
+    assert report.scored_on is not None and report.scored_on.windows == report.scored_on.there > 4
+    assert "python" in report.how.machine
 
 
 def test_two_equal_arms_cannot_be_told_apart(finished: tuple[Path, Path, str]) -> None:

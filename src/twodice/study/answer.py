@@ -203,7 +203,27 @@ def plan_words(pairs: int, comparisons: int, smallest: float | None, sd_percent:
     return text
 
 
-def notes_of(spec: StudySpec, settled: Settled, study: Mapping[str, Any]) -> list[str]:
+def _windows_words(windows: int, scored: schema.Scored | None) -> str:
+    """Over how much text the losses are means."""
+    said = f"Losses are means over the same windows for all arms and seeds, in eval mode: at most {windows} "
+    if scored is None:
+        return said + "of each part."
+    share = 100 * scored.windows / max(1, scored.there)
+    how_much = (
+        f"all {scored.there} windows of it"
+        if scored.windows == scored.there
+        else f"{scored.windows} of its {scored.there} windows, spread evenly ({brief(share)} % of it)"
+    )
+    return (
+        f"{said}of each part for the curves, for the choice of the best step and for the loss on the training "
+        f"text. The losses on validation text B at the best step and at the end, which are what is compared, "
+        f"are means over {how_much}."
+    )
+
+
+def notes_of(
+    spec: StudySpec, settled: Settled, study: Mapping[str, Any], scored: schema.Scored | None
+) -> list[str]:
     """How everything was measured."""
     context, data, batch = study["model"]["context"], study["data"], study["model"]["batch"]
     read = passes(
@@ -226,11 +246,7 @@ def notes_of(spec: StudySpec, settled: Settled, study: Mapping[str, Any]) -> lis
             "unseen text that are shown and compared are those of validation text B, on which no step and no "
             "setting was chosen; only which arm is called the best is decided there, among those that help."
         ),
-        (
-            f"Losses are means over the same windows, at most {spec.base.evaluation.windows} of each part, "
-            f"in eval "
-            "mode, for all arms and seeds."
-        ),
+        _windows_words(spec.base.evaluation.windows, scored),
         (
             "Differences are paired by seed. Their intervals are t intervals at the level at which Holm's "
             "step-down "

@@ -23,7 +23,7 @@ from twodice.study.best import BEST, put_best, take_back
 from twodice.study.pool import Job, Pool
 from twodice.study.records import Recorder
 from twodice.study.sampling_cross import settings_of
-from twodice.study.spec import Settled, StudySpec, differences, read_spec, write_spec
+from twodice.study.spec import B_WINDOWS, Settled, StudySpec, differences, read_spec, write_spec
 from twodice.training.config import TrainConfig, with_setting
 
 TEXT, TRIALS, TUNING = "text", "trials", "tuning"
@@ -334,9 +334,11 @@ def _train(study: Study, arms: list[Arm], settled: Settled) -> None:
                 config = with_setting(config, name, value)
             out = _trial_folder(study.out, arm, seed)
             job = _trial_job(study, config, settled, seed, out, f"'{arm.name}', seed {seed}")
+            job.values["b_windows"] = B_WINDOWS
             todo.append(({"kind": "trial", "arm": arm.name, "seed": seed}, job))
     for record, result in _trained(study, "training", settled, todo):
-        study.log.write({**record, **{k: result[k] for k in ("steps", "best_step", "evaluations")}})
+        told = ("steps", "best_step", "evaluations", "validation_b")
+        study.log.write({**record, **{k: result[k] for k in told if k in result}})
 
 
 def _trial_folder(out: Path, arm: Arm, seed: int) -> Path:

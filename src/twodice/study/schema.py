@@ -226,6 +226,13 @@ class Facts(_Part):
     entropy_nats_per_token: float | None
 
 
+class Scored(_Part):
+    """How much of validation text B the losses at the best and at the last step are means over."""
+
+    windows: int
+    there: int = Field(description="windows that the text has in all")
+
+
 class Model(_Part):
     """What was trained."""
 
@@ -282,6 +289,9 @@ class Report(_Part):
     confidence: float = 0.95
     primary: str = "validation_nats_per_token"
     arms: list[Arm]
+    scored_on: Scored | None = Field(
+        default=None, description="null where the losses are those of the windows of the evaluations"
+    )
     dropout_contrasts: list[Contrast] = Field(
         default=[], description="what dropout alone does; the answer credits dropout with nothing else"
     )

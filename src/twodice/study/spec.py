@@ -25,6 +25,8 @@ from twodice.training.config import (
 SPEC = "spec.json"
 #: The tuning seed lies this far beyond the study's own, which never reach it.
 TUNING_SEED = 1_000_003
+#: Windows of validation text B, at most, on which the best and the last step of a trial are scored.
+B_WINDOWS = 4096
 
 
 class _Part(BaseModel):

@@ -118,6 +118,7 @@ def summarise(records: Sequence[Record]) -> schema.Report:
         seeds=seeds,
         is_complete=len(seeds) == spec.seeds,
         arms=arms,
+        scored_on=(scored := scored_on(found, seeds)),
         dropout_contrasts=contrasts,
         sampling=cells,
         human=None if human is None else schema.HumanText.model_validate(human["measures"]),
@@ -130,7 +131,7 @@ def summarise(records: Sequence[Record]) -> schema.Report:
             words=plan_words(spec.seeds, len(others), smallest, measured_sd_percent(arms)),
         ),
         how=schema.How(
-            notes=notes_of(spec, found.settled, found.study),
+            notes=notes_of(spec, found.settled, found.study, scored),
             settings=_shared_settings(found),
             commands=dict(found.study["commands"]),
             machine=dict(found.study["machine"]),
@@ -161,11 +162,37 @@ def _moments(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return best, evaluations[-1]
 
 
+def scored_on(found: Found, seeds: Sequence[int]) -> schema.Scored | None:
+    """How much of validation text B every trial was scored on; None where one was not, or by another measure.
+
+    Losses over different windows must not be compared, so one trial without (of an older twodice, or one
+    whose checkpoint was lost) takes all back to the windows of the evaluations.
+    """
+    told = {
+        (b["windows"], b["there"]) if (b := found.trials[arm.name, seed].get("validation_b")) else None
+        for arm in found.arms
+        for seed in seeds
+    }
+    if len(told) != 1 or (one := told.pop()) is None:
+        return None
+    return schema.Scored(windows=one[0], there=one[1])
+
+
+def _looked_at(record: Mapping[str, Any], when: str, *, on_b: bool) -> dict[str, Any]:
+    """The losses of a trial at one moment; those on validation B over all that was scored of it."""
+    moment = _moments(record)[0 if when == "best" else 1]
+    if not on_b:
+        return moment
+    told = record["validation_b"][when]
+    return {**moment, **{f"validation_b_{name}": value for name, value in told.items()}}
+
+
 def _comparisons(
     found: Found, seeds: Sequence[int], baseline: str, others: Sequence[str], when: str
 ) -> dict[str, schema.Comparison]:
+    on_b = scored_on(found, seeds) is not None
     looked_at = {
-        name: [_moments(found.trials[name, seed])[0 if when == "best" else 1] for seed in seeds]
+        name: [_looked_at(found.trials[name, seed], when, on_b=on_b) for seed in seeds]
         for name in (baseline, *others)
     }
     losses = {name: [e["validation_b_nats_per_token"] for e in at] for name, at in looked_at.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import queue
 import signal
 import sys
@@ -20,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from twodice.errors import DataError, Interrupted, TwodiceError
+from twodice.errors import CheckpointError, DataError, Interrupted, TwodiceError
+from twodice.study.spec import B_WINDOWS
 from twodice.training.config import TrainConfig, make_config
 
 Answer = Callable[[dict[str, Any]], None]
@@ -77,7 +79,10 @@ class Jobs:
             "windows": int(splits["train"].num_windows(resolved.context))
             if resolved.context is not None
             else 0,
-            "machine": {name: str(value) for name, value in machine().items()},
+            "machine": {
+                **{name: str(value) for name, value in machine().items()},
+                "python": platform.python_version(),
+            },
         }
 
     def measure(self, config: TrainConfig, folder: str, threads: int) -> dict[str, Any]:
@@ -96,12 +101,14 @@ class Jobs:
         """Seconds of a whole small trial, export and all, in a folder that is thrown away."""
         with tempfile.TemporaryDirectory(prefix="twodice-rehearsal-") as out:
             began = time.perf_counter()
-            found = self.train(config, folder, str(Path(out) / "trial"), threads)
+            found = self.train(config, folder, str(Path(out) / "trial"), threads, B_WINDOWS)
             return {"seconds": time.perf_counter() - began, "evaluations": len(found["evaluations"])}
 
-    def train(self, config: TrainConfig, folder: str, out: str, threads: int) -> dict[str, Any]:
-        """One trial, begun or gone on with; its evaluations."""
-        from twodice.training.loop import train
+    def train(
+        self, config: TrainConfig, folder: str, out: str, threads: int, b_windows: int | None = None
+    ) -> dict[str, Any]:
+        """One trial, begun or gone on with; its evaluations, and its losses on so much of validation B."""
+        from twodice.training.loop import score_validation_b, train
 
         self._threads(threads)
         last = 0.0
@@ -117,7 +124,16 @@ class Jobs:
                 self._answer({"kind": "notice", "text": text})
 
         result = train(config, self._store(folder), out, on_event=on_event, stop=self._stop)
-        return {"steps": result.steps, "best_step": result.best_step, "evaluations": result.evaluations}
+        found = {"steps": result.steps, "best_step": result.best_step, "evaluations": result.evaluations}
+        if b_windows is not None:
+            try:
+                found["validation_b"] = score_validation_b(
+                    out, self._store(folder), b_windows, stop=self._stop
+                )
+            except CheckpointError as error:
+                text = f"scored on the windows of its evaluations only, as all trials then are: {error}"
+                self._answer({"kind": "notice", "text": text})
+        return found
 
     def generate(self, folder: str, model: str, threads: int, plan: dict[str, Any]) -> dict[str, Any]:
         """The second die, thrown with one trained model in every setting."""

@@ -7,7 +7,7 @@ Does not know the optimizer, nor when it is called. Letters: N windows, T positi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -38,16 +38,20 @@ class FixedWindows:
         T, tokens that the model sees at once.
     windows
         Windows of each part at most; all of them where there are fewer.
+    splits
+        The parts that are looked at.
     """
 
-    def __init__(self, store: TokenStore, context: int, windows: int) -> None:
+    def __init__(self, store: TokenStore, context: int, windows: int, splits: Sequence[str] = SPLITS) -> None:
         self.inputs_NT: dict[str, torch.Tensor] = {}
         self.targets_NT: dict[str, torch.Tensor] = {}
         self.bytes: dict[str, int] = {}
-        for name in SPLITS:
+        self.there: dict[str, int] = {}
+        for name in splits:
             split = store.splits[name]
             there = split.num_windows(context)
             count = min(windows, there)
+            self.there[name] = there
             chosen = np.arange(count, dtype=np.int64) * there // count
             tokens = torch.from_numpy(np.ascontiguousarray(split.windows(chosen, context)))
             self.inputs_NT[name], self.targets_NT[name] = split_window(
@@ -87,7 +91,7 @@ def evaluate(
     Returns
     -------
     dict
-        ``<split>_nats_per_token`` and ``<split>_bits_per_byte`` for each of `SPLITS`. Bits per byte are those
+        ``<split>_nats_per_token`` and ``<split>_bits_per_byte`` for each part of `windows`. Bits per byte are those
         of the targets that count, over the bytes that these stand for.
 
     Raises
@@ -103,9 +107,8 @@ def evaluate(
     model.eval()
     found: dict[str, float] = {}
     try:
-        for name in SPLITS:
+        for name, targets in windows.targets_NT.items():
             total, count = 0.0, 0
-            targets = windows.targets_NT[name]
             for begin in range(0, len(targets), rows):
                 if stop():
                     raise StopAsked

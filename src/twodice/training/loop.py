@@ -266,6 +266,71 @@ def export_run(
     return out / run_folder.MODEL
 
 
+def score_validation_b(
+    out: str | Path,
+    store: TokenStore,
+    most_windows: int,
+    *,
+    stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """The losses of a finished run's best and last weights on validation text B, all of it where it is short.
+
+    The evaluations of a run look at ``evaluation.windows`` windows only, so that they cost little; what is
+    compared afterwards should not hang on the choice of these windows.
+
+    Parameters
+    ----------
+    most_windows
+        Windows looked at, at most, in [1, inf): spread evenly where there are more.
+
+    Returns
+    -------
+    dict
+        ``windows`` looked at and ``there``, and for ``best`` and ``end`` each ``nats_per_token`` and
+        ``bits_per_byte``.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint of one of the two steps is gone or damaged.
+    Interrupted
+        `stop` became true; nothing has changed.
+    """
+    out = Path(out)
+    config = read_config(out / run_folder.CONFIG)
+    result = run_folder.read_json(out / run_folder.RESULT)
+    assert config.context is not None and config.batch is not None
+    device = choose_device(config.device)
+    arithmetic = make_arithmetic(device, config.dtype)
+    windows = FixedWindows(store, config.context, most_windows, ("validation_b",))
+    found: dict[str, Any] = {
+        "windows": len(windows.inputs_NT["validation_b"]),
+        "there": windows.there["validation_b"],
+    }
+    model, _ = build_model(config, store)
+    model.to(device)
+    for name, step in (("best", result["best_step"]), ("end", result["steps"])):
+        path = disk.checkpoint_path(out / run_folder.CHECKPOINTS, int(step))
+        disk.verify_checkpoint(path)
+        put_weights(model, disk.read_tensors(path, WEIGHTS))
+        try:
+            losses = evaluate(
+                model,
+                windows,
+                rows=max(1, 2 * config.batch // config.accumulate),
+                device=device,
+                arithmetic=arithmetic,
+                stop=stop if stop is not None else _never,
+            )
+        except StopAsked:
+            raise Interrupted(f"while {out} was scored; the same command scores it again") from None
+        found[name] = {
+            "nats_per_token": losses["validation_b_nats_per_token"],
+            "bits_per_byte": losses["validation_b_bits_per_byte"],
+        }
+    return found
+
+
 # ---- the parts of the story above ----
 
 
@@ -449,4 +514,4 @@ def _never() -> bool:
     return False
 
 
-__all__ = ["TrainResult", "export_run", "resolve_text", "train"]
+__all__ = ["TrainResult", "export_run", "resolve_text", "score_validation_b", "train"]

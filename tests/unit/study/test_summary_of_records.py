@@ -428,3 +428,31 @@ def test_a_setting_tuned_for_each_arm_is_named_where_they_are_crossed() -> None:
     assert choose_cross(arms, "neither", "neither")[2].endswith("; optimizer.lr was tuned for each")
     same = [arm.model_copy(update={"tuned": {"optimizer.lr": "1e-3"}}) for arm in report.arms]
     assert "tuned" not in choose_cross(same, "neither", "neither")[2]
+
+
+def test_what_is_compared_is_scored_on_all_of_validation_b() -> None:
+    records = example_records()
+    plain = summarise(records)
+    assert plain.scored_on is None and "for the curves" not in " ".join(plain.how.notes)
+    trials = [r for r in records if r["kind"] == "trial"]
+    for record in trials:
+        best, end = record["evaluations"][1:]
+        record["validation_b"] = {"windows": 96, "there": 96} | {
+            when: {name: e[f"validation_b_{name}"] + 0.25 for name in ("nats_per_token", "bits_per_byte")}
+            for when, e in (("best", best), ("end", end))
+        }
+    report = summarise(records)
+    assert report.scored_on == schema.Scored(windows=96, there=96)
+    for before, after in zip(plain.arms, report.arms, strict=True):
+        for when in ("at_best", "at_end"):
+            old, new = getattr(before, when), getattr(after, when)
+            assert old.steps == new.steps and old.train_nats_per_token == new.train_nats_per_token
+            for name in ("validation_nats_per_token", "validation_bits_per_byte", "gap_nats_per_token"):
+                assert getattr(new, name).mean == pytest.approx(getattr(old, name).mean + 0.25)
+        assert before.curve == after.curve
+    assert any("are means over all 96 windows of it." in note for note in report.how.notes)
+    # One trial that was scored otherwise: nothing unlike is compared.
+    trials[0]["validation_b"] = {**trials[0]["validation_b"], "windows": 90}
+    assert summarise(records).scored_on is None and summarise(records).arms == plain.arms
+    del trials[0]["validation_b"]
+    assert summarise(records).arms == plain.arms
