@@ -17,6 +17,8 @@ from benchmarks.sidebyside import Row, alternate, table
 from twodice.kernels.dropout import dropout as ours
 
 T = 6554
+# Of one tensor, from 4 KB to 256 MB.
+BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
 
 
 def against_the_peer() -> list[Row]:
@@ -89,11 +91,60 @@ def against_memory() -> list[Row]:
     return rows
 
 
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.dropout(x, 0.1)
+
+
+def _added(x: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    return stream + torch.nn.functional.dropout(x, 0.1)
+
+
+def by_bytes(threads: tuple[int, ...] = (1, 2), sizes: tuple[int, ...] = BYTES) -> list[Row]:
+    """Forward and backward, alone and added to a residual stream, by the bytes of one tensor.
+
+    A copy is one of the tensor forward and one of its gradient backward: the least bytes that the plain form
+    moves; with a stream one more tensor is read, so there 1.5 copies forward are the least.
+    """
+    rows = []
+    for count in threads:
+        torch.set_num_threads(count)
+        # Compiled code keeps the number of threads it was made for.
+        torch._dynamo.reset()
+        plain, added = (torch.compile(f, dynamic=True) for f in (_plain, _added))
+        for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+            for size in sizes:
+                width = min(1024, size // dtype.itemsize // 16)
+                shape = (1, size // dtype.itemsize // width, width)
+                few = 64 if size <= 1 << 16 else 8 if size <= 1 << 24 else 1
+                xs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(few)]
+                stream, up = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+                grad = torch.autograd.grad
+                rounds = 3 if size > 1 << 24 else 9
+                alone = {
+                    "twodice": lambda x, up=up: grad(ours(x, T, 7, 3), x, up),
+                    "F.dropout": lambda x, up=up: grad(_plain(x), x, up),
+                    "compiled": lambda x, up=up, plain=plain: grad(plain(x), x, up),
+                    "copy": lambda x, up=up: (x.detach().clone(), up.clone()),
+                }
+                both = {
+                    "twodice": lambda x, s=stream, up=up: grad(ours(x, T, 7, 3, residual=s), (x, s), up),
+                    "F.dropout": lambda x, s=stream, up=up: grad(_added(x, s), (x, s), up),
+                    "compiled": lambda x, s=stream, up=up, added=added: grad(added(x, s), (x, s), up),
+                    "copy": alone["copy"],
+                }
+                amount = f"{size >> 20} MB" if size >> 20 else f"{size >> 10} KB"
+                for form, each in (("dropout", alone), ("dropout_add", both)):
+                    times = alternate(each, xs, rounds=rounds, seconds=0.02)
+                    rows.append(Row(f"{name} {amount}, {form}, forward + backward", times, count))
+    return rows
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     before = torch.get_num_threads()
     try:
         table("dropout, result allocated", against_the_peer(), "twodice", ["F.dropout", "multiply"])
+        table("by the bytes of one tensor", by_bytes(), "twodice", ["F.dropout", "compiled", "copy"])
         table("dropout, larger than the caches", against_memory(), "twodice", ["multiply"])
     finally:
         torch.set_num_threads(before)
