@@ -360,3 +360,19 @@ def test_nothing_is_fine() -> None:
     for B, T_, S in ((0, 3, 3), (2, 0, 3), (2, 3, 0)):
         tensors = inputs(B, 2, 2, T_, S, 4, 5)
         assert passes(tensors, {}, T)[0].shape == (B, 2, T_, 5)
+
+
+def test_under_autocast_mixed_types_are_cast_as_torch_casts_them() -> None:
+    torch.manual_seed(3)
+    q, k = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in "qk")
+    v = torch.randn(1, 2, 5, 8).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attention(q, k, v, 6554, 7, 3, causal=True)
+        assert mixed.dtype == torch.nn.functional.scaled_dot_product_attention(q, k, v).dtype
+    alike = attention(q.bfloat16(), k.bfloat16(), v, 6554, 7, 3, causal=True)
+    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, alike)
+    of_mixed, of_alike = (torch.autograd.grad(y.float().sum(), (q, k, v)) for y in (mixed, alike))
+    assert [g.dtype for g in of_mixed] == [torch.float32, torch.float32, torch.bfloat16]
+    assert all(torch.equal(a, b) for a, b in zip(of_mixed, of_alike, strict=True))
+    with pytest.raises(ShapeError, match="dtype and device of query"):
+        attention(q, k, v, 6554, 7, 3)
