@@ -23,7 +23,9 @@ from torch import Tensor
 from twodice.random.philox import philox4x32
 
 PURPOSE_TOKEN = 0
-"""Purpose of the draw of a token. The numbers 1 to 2^31 - 1 are reserved for the draws of later stages."""
+"""Purpose of the draw of a token."""
+PURPOSE_XTC = 1
+"""Purpose of the coin of XTC, at id 0. The numbers 2 to 2^31 - 1 are reserved."""
 SECOND_LEVEL = 1 << 31
 """Added to the purpose for the 48 further bits."""
 
@@ -165,3 +167,13 @@ def gumbel(ids: Tensor, position: Tensor | int, completion: Tensor | int, purpos
         64 bits, as ``Key.value`` (or its two's complement in a tensor).
     """
     return gumbel_from_bits(uniform64(ids, position, completion, purpose, key))
+
+
+def coin(position: Tensor | int, completion: Tensor | int, purpose: int, key: Any) -> Tensor:
+    """One uniform in [0, 1) for each place, a multiple of 2^-53: the 53 leading bits of the uniform of id 0.
+
+    *Randomness*: a function of (key, purpose, completion, position) alone.
+    """
+    first = torch.zeros_like(torch.as_tensor(position))
+    u = uniform64(first, position, completion, purpose, key)
+    return ((u >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53

@@ -1,165 +1,96 @@
-"""The settings of the chain: one frozen object, every range as an interval in one table.
+"""The settings of the chain: one frozen object, checked at birth against the table of ``fields``.
 
-`FIELDS` is that table: docs, help texts, checks and ``generation_config.json`` read it. This module knows no
-logits.
+The file knows what settings may be and which contradict each other; it knows no logits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from twodice.errors import ConfigError, nearest
+from twodice.sampling.fields import FIELDS, bias, is_off, number, token_ids
+from twodice.sampling.profiles import ORDER, SWITCH, check_order, profile
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """What one setting may be: its interval, the value that switches it off, and its help text.
-
-    `generation` is the name in ``generation_config.json``, or None where that file has no such field, and
-    `written_neutral` what stands there for "off" (transformers reads a missing field as *its* default, top_k
-    = 50).
-    """
-
-    name: str
-    kind: type
-    low: float
-    high: float
-    open_low: bool
-    open_high: bool
-    neutral: float | None
-    help: str
-    generation: str | None
-    written_neutral: float | None
-
-    @property
-    def interval(self) -> str:
-        """The interval in words of mathematics: ``[0, 1]``."""
-        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"{left}{_short(self.low)}, {_short(self.high)}{right}"
-
-    def holds(self, value: float) -> bool:
-        """Whether `value` lies in the interval (NaN does not)."""
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
-
-
-def _short(value: float) -> str:
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    if value == int(value) and abs(value) >= 2**53:
-        return f"{'-' if value < 0 else ''}2^{int(math.log2(abs(value)))}"
-    return f"{value:g}"
-
-
-INF = math.inf
-FIELDS: dict[str, Field] = {
-    field.name: field
-    for field in (
-        Field("temperature", float, 0, INF, False, True, 1.0,
-              "divides the logits; 0 takes the most probable token", "temperature", 1.0),
-        Field("top_k", int, -1, 2**53, False, True, 0,
-              "keep exactly the k most probable tokens; None, 0 and -1 are off", "top_k", 0),
-        Field("top_p", float, 0, 1, False, False, 1.0,
-              "keep the shortest run of most probable tokens whose mass reaches p; 0 keeps one, 1 is off",
-              "top_p", 1.0),
-        Field("min_p", float, 0, 1, False, False, 0.0,
-              "keep tokens at least this many times as probable as the most probable; 0 is off",
-              "min_p", 0.0),
-        Field("repetition_penalty", float, 1e-6, 1e6, False, False, 1.0,
-              "tokens of the sequence, prompt included: positive logits are divided by it, others multiplied",
-              "repetition_penalty", 1.0),
-        Field("logit_bias", float, -INF, 1e30, False, False, None,
-              "a number that is added to the logit of each token id named; -inf bans it", None, None),
-        Field("allowed_tokens", int, 0, 2**32, False, True, None,
-              "the only token ids that may be drawn; None allows all", None, None),
-        Field("seed", int, -(2**63), 2**64, False, True, None,
-              "names the noise; None takes a new one from the operating system and returns it", None, None),
-    )
-}  # fmt: skip
-
-
-def _reject(name: str, value: object, extra: str = "") -> ConfigError:
-    field = FIELDS[name]
-    return ConfigError(f"{name} must be in {field.interval}; got {value!r}{extra} ({field.help})")
-
-
-def _number(name: str, value: Any, part: str = "") -> float:
-    """Return `value` as the kind that the table asks for, or raise with field, value and interval."""
-    field = FIELDS[name]
-    whole = field.kind is int
-    if isinstance(value, bool) or not hasattr(value, "__index__" if whole else "__float__"):
-        raise ConfigError(
-            f"{name}{part} must be {'an integer' if whole else 'a number'}; got {value!r} ({field.help})"
-        )
-    number = value.__index__() if whole else float(value)
-    if not field.holds(number):
-        raise _reject(name, value, part)
-    return number
-
-
-def _bias(value: Any) -> tuple[tuple[int, float], ...]:
-    pairs: Iterable[Any] = value.items() if isinstance(value, Mapping) else value
-    found: dict[int, float] = {}
-    try:
-        for token, number in pairs:
-            if isinstance(token, str):  # JSON has no integer names
-                token = int(token)
-            found[int(_number("allowed_tokens", token))] = _number(
-                "logit_bias", number, f" at token {token!r}"
-            )
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise ConfigError(str(error).replace("allowed_tokens", "a token id of logit_bias")) from None
-        raise ConfigError(f"logit_bias must map token ids to numbers; got {value!r}") from None
-    return tuple(sorted(found.items()))
-
-
-def _allowed(value: Any) -> tuple[int, ...]:
-    try:
-        found = tuple(sorted({int(_number("allowed_tokens", token, " as a token id")) for token in value}))
-    except TypeError:
-        raise ConfigError(f"allowed_tokens must be a list of token ids; got {value!r}") from None
-    if not found:
-        raise ConfigError("allowed_tokens must name at least one token; got none: None allows all tokens")
-    return found
-
-
-@dataclass(frozen=True, eq=True)
+@dataclass(frozen=True, eq=True, kw_only=True)
 class SamplingParams:
     """How a token is drawn from logits. ``SamplingParams()`` draws from the model's own distribution.
+
+    Each stage sees the distribution that the stages before it left; ``docs/contracts/sampling.md`` defines
+    them one by one, in the order in which they run.
 
     Parameters
     ----------
     temperature : float
         In [0, inf); 1 is neutral, 0 is the first argmax and uses no draw.
+    dynatemp_range, dynatemp_exponent : float or None
+        In [0, inf) and [0, 100], default 1: the temperature lies in temperature +- range, the higher the
+        nearer the entropy is to the greatest possible. 0 is off. llama.cpp's dynamic temperature (2024).
+    top_n_sigma : float or None
+        In [0, 1e6]; logits at least ``max - n sigma``. None is off. Tang et al. 2024, "Top-n-sigma".
     top_k : int or None
         In [-1, 2^53); exactly k tokens stay, among equal logits the lower ids. None, 0 and -1 are off; more
-        than the vocabulary is off.
+        than the vocabulary is off. Fan, Lewis and Dauphin 2018.
     top_p : float or None
         In [0, 1]; the shortest non-empty run in order of rank whose mass reaches p, the token that crosses
         included. None and 1 are off. Holtzman et al. 2020, "The curious case of neural text degeneration".
     min_p : float or None
         In [0, 1]; tokens with at least min_p times the probability of the first. None and 0 are off. Nguyen
         et al. 2024.
+    top_h : float or None
+        In [0, 1]; the longest run in order of rank whose part of the entropy is at most top_h of it. None
+        and 1 are off. Baghaei Potraghloo et al. 2025, "Top-H"; the entropy is that of what the stage is
+        given, not renormalised at each token.
+    typical_p : float or None
+        In [0, 1]; by nearness of -log p to the entropy until the mass is reached, ties included. None and 1
+        are off. Meister et al. 2023, "Locally typical sampling".
+    epsilon_cutoff, eta_cutoff : float or None
+        In [0, 1); a least probability, fixed or ``min(eta, sqrt(eta) exp(-entropy))``. None and 0 are off.
+        Hewitt, Manning and Liang 2022, "Truncation sampling as language model desmoothing".
+    xtc_probability, xtc_threshold, xtc_by_expectation : float, float, bool or None
+        In [0, 1] and [1e-9, 1], default 0.1: with this probability all tokens of at least the threshold but
+        the least probable of them go. By expectation no coin is thrown: both outcomes are mixed. None and 0
+        are off. p-e-w 2024, "Exclude top choices".
+    mirostat_tau, mirostat_eta : float or None
+        In (0, 1e3] bits and [0, 1e3], default 0.1: a limit on the surprise, steered from token to token so
+        that the surprise drawn is tau. It has a state: see `sample`. None is off. Basu et al. 2021, version
+        2 as llama.cpp has it.
     repetition_penalty : float or None
         In [1e-6, 1e6]; tokens of the history (prompt and text alike): positive logits divided, others
         multiplied. None and 1 are off. Keskar et al. 2019 (CTRL); for negative logits as transformers does,
         not as the paper does.
+    presence_penalty, frequency_penalty : float or None
+        In [-1e6, 1e6]; taken from the logit of each token of the text (the prompt does not count), once and
+        as often as it is there. None and 0 are off. As in the OpenAI API.
+    penalty_range : int or None
+        In [1, 2^53); the three penalties look at so many last tokens only.
+    no_repeat_ngram_size : int or None
+        In [0, 2^31); no run of n tokens comes twice. None and 0 are off. Paulus et al. 2017.
+    dry_multiplier, dry_base, dry_allowed_length, dry_range, dry_breakers : numbers, token ids, or None
+        ``multiplier * base^(L - allowed)`` is taken from a token that goes on with a repeat of L tokens;
+        defaults 1.75 and 2, the whole history, no breakers. None and 0 are off. p-e-w 2024, "DRY".
     logit_bias : mapping of int to float, or None
         Added to the logits before everything else, in [-inf, 1e30]. Kept as sorted pairs.
-    allowed_tokens : iterable of int, or None
-        The only ids that may be drawn; at least one. Kept sorted, each once.
+    allowed_tokens, banned_tokens : iterable of int, or None
+        The only ids that may be drawn; ids that never are. At least one each. Kept sorted, each once.
+    min_tokens, stop_tokens : int, iterable of int, or None
+        No stop token is drawn before the text (without the prompt) has `min_tokens` tokens. None and 0 are
+        off.
+    order : sequence of str, or None
+        Names of `ORDER`, each stage that is on among them; None is that order.
+    profile : {"hf", "vllm", "llama.cpp", "sglang"} or None
+        The engine whose order, tie and crossing rules hold; its defaults are not taken over, except for what
+        acts unasked (``PROFILES``).
     seed : int or None
         In [-2^63, 2^64). None takes a fresh seed for each call and row and returns it.
 
     Raises
     ------
     ConfigError
-        Naming the field, the value and the interval.
+        Naming the field, the value and the interval; for settings that contradict each other, saying which
+        one to drop.
 
     Notes
     -----
@@ -169,12 +100,38 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    top_n_sigma: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    top_h: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    xtc_by_expectation: bool | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    penalty_range: int | None = None
+    no_repeat_ngram_size: int | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_range: int | None = None
+    dry_breakers: Iterable[int] | None = None
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
     allowed_tokens: Iterable[int] | None = None
+    banned_tokens: Iterable[int] | None = None
+    min_tokens: int | None = None
+    stop_tokens: Iterable[int] | None = None
+    order: Sequence[str] | None = None
+    profile: str | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -183,15 +140,23 @@ class SamplingParams:
             raise ConfigError(
                 f"temperature must be in {FIELDS['temperature'].interval}; got None: 1 is neutral"
             )
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
+        for name, field in FIELDS.items():
             value = getattr(self, name)
-            if value is not None:
-                put(self, name, _number(name, value))
-        if self.logit_bias is not None:
-            put(self, "logit_bias", _bias(self.logit_bias))
-        if self.allowed_tokens is not None:
-            put(self, "allowed_tokens", _allowed(self.allowed_tokens))
-        put(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
+            if value is None:
+                continue
+            if field.kind == "ids":
+                put(self, name, token_ids(name, value))
+            elif field.kind == "bias":
+                put(self, name, bias(value))
+            elif field.kind != "names":
+                put(self, name, number(name, value))
+        if self.order is not None:
+            put(self, "order", check_order(self.order, self.stages))
+        _refuse_contradictions(self)
+        put(self, "_hash", self._hash_of())
+
+    def _hash_of(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
@@ -203,72 +168,52 @@ class SamplingParams:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
+        object.__setattr__(self, "_hash", self._hash_of())
 
     @property
     def greedy(self) -> bool:
         """Whether no draw is used: temperature 0."""
         return self.temperature == 0
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of `ORDER` that are on, in the order in which they run."""
+        order = self.order if self.order is not None else ORDER
+        if self.profile is not None:
+            order = profile(self.profile).order
+        on = {name for name in ORDER if not is_off(SWITCH[name], getattr(self, SWITCH[name]))}
+        if not is_off("dynatemp_range", self.dynatemp_range):
+            on.add("temperature")
+        return tuple(name for name in order if name in on) + tuple(sorted(on - set(order)))
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether `sample` must be given the history of the rows."""
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size",
+                 "dry_multiplier", "min_tokens")  # fmt: skip
+        return any(not is_off(name, getattr(self, name)) for name in names)
+
+    def value(self, name: str) -> Any:
+        """A setting with its default in the place of None, the profile's own default first."""
+        given = getattr(self, name)
+        if given is None and self.profile is not None:
+            given = profile(self.profile).defaults.get(name)
+        return FIELDS[name].default if given is None else given
+
     @classmethod
     def from_generation_config(
         cls, config: Mapping[str, Any] | Any, *, seed: int | None = None
     ) -> SamplingParams:
-        """Read the sampling fields of a ``generation_config.json`` (a mapping, or transformers' object).
+        """Read the sampling fields of a ``generation_config.json``; see `formats.from_generation_config`."""
+        from twodice.sampling.formats import from_generation_config
 
-        ``do_sample`` false, also where it is missing, means temperature 0. A missing or null ``top_k`` is
-        *off* here: what is not written is not guessed. Fields that are not about the choice of a token
-        (lengths, special tokens) are none of our business; a field that changes the choice and that we cannot
-        serve is an error.
-
-        Raises
-        ------
-        ConfigError
-            If a value is out of range, or the config asks for beams, typical-p or another stage that is not
-            there.
-        """
-        mapping: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
-        unserved = {
-            name: mapping[name]
-            for name, neutral in _UNSERVED.items()
-            if name in mapping and mapping[name] is not None and mapping[name] != neutral
-        }
-        if unserved:
-            raise ConfigError(
-                f"generation_config asks for {unserved}, which twodice does not serve; remove it"
-            )
-        found = {
-            name: mapping[field.generation]
-            for name, field in FIELDS.items()
-            if field.generation is not None and mapping.get(field.generation) is not None
-        }
-        if not mapping.get("do_sample", False):
-            found["temperature"] = 0.0
-        return cls(**found, seed=seed)
+        return from_generation_config(config, seed=seed)
 
     def to_generation_config(self) -> dict[str, Any]:
-        """Return every sampling field of ``generation_config.json``, neutral values spelled out.
+        """Return every sampling field of ``generation_config.json``; see `formats.to_generation_config`."""
+        from twodice.sampling.formats import to_generation_config
 
-        Raises
-        ------
-        ConfigError
-            If a setting has no place in that file (logit_bias, allowed_tokens). The seed is left out: it
-            belongs to a request.
-        """
-        for name in ("logit_bias", "allowed_tokens"):
-            if getattr(self, name) is not None:
-                raise ConfigError(
-                    f"{name} has no place in generation_config.json; drop it there and give it per request"
-                )
-        written: dict[str, Any] = {"do_sample": not self.greedy}
-        for name, field in FIELDS.items():
-            if field.generation is None:
-                continue
-            value = getattr(self, name)
-            if value is None or (name == "top_k" and value <= 0) or (name == "temperature" and self.greedy):
-                value = field.written_neutral
-            written[field.generation] = value
-        return written
+        return to_generation_config(self)
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> SamplingParams:
@@ -281,28 +226,45 @@ class SamplingParams:
         return cls(**settings)
 
 
-# Fields of transformers' GenerationConfig that change which token is drawn, and their neutral values.
-_UNSERVED: dict[str, Any] = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "penalty_alpha": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "top_h": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
-    "force_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-    "guidance_scale": 1.0,
-    "watermarking_config": None,
-    "exponential_decay_length_penalty": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-}
+def _refuse_contradictions(params: SamplingParams) -> None:
+    """Settings that cannot all be meant: each error says which one to drop."""
+    for name, field in FIELDS.items():
+        if field.needs and getattr(params, name) is not None:
+            if all(getattr(params, other) is None for other in field.needs):
+                wanted = " or ".join(field.needs)
+                raise ConfigError(f"{name} acts only with {wanted}; give it, or drop {name}")
+    if params.greedy and not is_off("dynatemp_range", params.dynatemp_range):
+        raise ConfigError("temperature=0 takes the first argmax; drop dynatemp_range, or give a temperature")
+    if not is_off("min_tokens", params.min_tokens) and params.stop_tokens is None:
+        raise ConfigError("min_tokens holds stop_tokens back, and there are none; give them, or drop min_tokens")
+    if params.allowed_tokens is not None and params.banned_tokens is not None:
+        if set(params.allowed_tokens) <= set(params.banned_tokens):
+            raise ConfigError("banned_tokens bans every one of allowed_tokens; drop one of the two")
+    if params.xtc_by_expectation and not is_off("xtc_probability", params.xtc_probability):
+        behind = params.stages[params.stages.index("xtc") + 1 :]
+        if behind:
+            raise ConfigError(
+                "xtc_by_expectation mixes two distributions, which no later stage can filter as one; drop it, "
+                f"or drop {SWITCH[behind[0]]}"
+            )
+    if params.profile is None:
+        return
+    engine = profile(params.profile)
+    if params.order is not None:
+        raise ConfigError(f"profile {params.profile!r} has an order of its own; drop order, or drop profile")
+    served = {SWITCH[name] for name in engine.order} | engine.settings
+    served |= {name for name, field in FIELDS.items() if set(field.needs) & served}
+    for name in FIELDS:
+        if name in served or name in _EVERYWHERE or is_off(name, getattr(params, name)):
+            continue
+        raise ConfigError(f"{params.profile} has no {name}; drop it, or drop profile={params.profile!r}")
+    for name, together in engine.alone.items():
+        extra = [stage for stage in params.stages if stage not in together]
+        if not is_off(name, getattr(params, name)) and extra:
+            raise ConfigError(
+                f"{params.profile} ignores {SWITCH[extra[0]]} where {name} is set; drop one of the two"
+            )
+
+
+_EVERYWHERE = {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_tokens", "order",
+               "profile", "seed"}  # fmt: skip

@@ -1,6 +1,7 @@
 """`sample`: from logits and settings to tokens, and the policy for rows that cannot be served.
 
-The file knows settings, seeds and policies; the chain itself is in ``twodice.kernels.sampling``.
+The file knows seeds, coordinates and policies; settings become programs in ``twodice.sampling.chain``, and the
+chain itself is in ``twodice.kernels.sampling``.
 
 Letters: R rows, V vocabulary.
 """
@@ -9,8 +10,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,53 +19,13 @@ from torch import Tensor
 
 from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
-from twodice.kernels.sampling import NEEDS, Sampled, Settings, Status
-from twodice.random import noise
+from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Past, Sampled, Settings, Status
 from twodice.random.keys import Key
+from twodice.sampling.chain import Packed, key_of, pack
 from twodice.sampling.params import SamplingParams
 
 SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
 History = tuple[Any, Any, Any] | tuple[Any, Any]
-
-
-@lru_cache(maxsize=4096)
-def key_of(seed: int) -> int:
-    """The Philox key of a seed: the child ``sampling`` of ``Key(seed)``."""
-    return Key(seed).child("sampling").value
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """Settings packed once for R rows (or one for all), with the seeds that were given."""
-
-    settings: Settings
-    seeds: tuple[int | None, ...]
-    all_seeded: bool
-    keys: npt.NDArray[np.uint64]
-
-
-def _row(params: SamplingParams) -> tuple[Any, ...]:
-    min_p = params.min_p
-    log_min_p = -np.inf
-    if min_p is not None and min_p > 0:
-        # A subnormal is taken as the smallest normal number: log is defined on these.
-        log_min_p = float(noise.log(torch.tensor([max(min_p, 2.0**-1022)], dtype=torch.float64)))
-    top_k = 0 if params.top_k is None or params.top_k <= 0 else params.top_k
-    top_p = 1.0 if params.top_p is None else params.top_p
-    penalty = 1.0 if params.repetition_penalty is None else params.repetition_penalty
-    return params.temperature, top_p, log_min_p, top_k, 0, penalty
-
-
-@lru_cache(maxsize=512)
-def pack(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
-    """Pack settings for the kernels; cached, because a text is many calls with the same settings."""
-    every = (params,) if isinstance(params, SamplingParams) else params
-    bias: list[Any] = [p.logit_bias if p.logit_bias is not None else () for p in every]
-    allowed: list[Any] = [p.allowed_tokens for p in every]
-    settings = Settings.pack([_row(p) for p in every], bias, allowed)
-    seeds = tuple(p.seed for p in every)
-    keys = np.array([0 if s is None else key_of(s) for s in seeds], np.uint64)
-    return Packed(settings, seeds, None not in seeds, keys)
 
 
 def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
@@ -88,16 +47,17 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
     return found
 
 
-def _history(value: History, rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _integers(name: str, value: Any) -> Tensor:
+    found = torch.as_tensor(value)
+    if found.numel() and (found.dtype.is_floating_point or found.dtype == torch.bool):
+        raise ShapeError(f"the {name} of history must be integers; got {found.dtype}")
+    return found.to("cpu", torch.int64).contiguous()
+
+
+def _past(value: History, rows: int, vocabulary: int) -> Past:
     if not isinstance(value, tuple | list) or len(value) not in (2, 3):
         raise ShapeError(f"history must be (ids, offsets, prompt_lengths); got {type(value).__name__}")
-    ids, offsets = torch.as_tensor(value[0]), torch.as_tensor(value[1])
-    for name, given in (("ids", ids), ("offsets", offsets)):
-        if given.numel() and (given.dtype.is_floating_point or given.dtype == torch.bool):
-            raise ShapeError(f"the {name} of history must be integers; got {given.dtype}")
-    ids, offsets = ids.to(torch.int64), offsets.to(torch.int64)
-    # value[2], the lengths of the prompts, is for stages that do not look at the prompt; repetition looks at
-    # all of it.
+    ids, offsets = _integers("ids", value[0]), _integers("offsets", value[1])
     if ids.ndim != 1 or offsets.shape != (rows + 1,):
         raise ShapeError(
             f"history must be (ids (n,), offsets ({rows + 1},), prompt_lengths ({rows},)); "
@@ -111,15 +71,54 @@ def _history(value: History, rows: int, vocabulary: int) -> tuple[Tensor, Tensor
         raise RequestError(
             f"the ids of history must be in [0, {vocabulary}); got {int(ids.min())} to {int(ids.max())}"
         )
-    if len(value) == 3:
-        prompts = torch.as_tensor(value[2])
-        lengths = offsets[1:] - offsets[:-1]
-        if prompts.shape != (rows,) or bool(((prompts < 0) | (prompts > lengths)).any()):
-            raise ShapeError(
-                f"the prompt_lengths of history must be ({rows},), each in [0, tokens of its row]; "
-                f"got {prompts.tolist()} for {lengths.tolist()} tokens"
-            )
-    return ids.contiguous(), offsets.contiguous()
+    if len(value) == 2:
+        return Past(ids, offsets, None)
+    prompts = _integers("prompt_lengths", value[2])
+    lengths = offsets[1:] - offsets[:-1]
+    if prompts.shape != (rows,) or bool(((prompts < 0) | (prompts > lengths)).any()):
+        raise ShapeError(
+            f"the prompt_lengths of history must be ({rows},), each in [0, tokens of its row]; "
+            f"got {prompts.tolist()} for {lengths.tolist()} tokens"
+        )
+    return Past(ids, offsets, prompts)
+
+
+def _history(value: History | None, settings: Settings, rows: int, vocabulary: int) -> Past | None:
+    """The past where a stage reads it; a wrong history is wrong whether or not it is used."""
+    past = None if value is None else _past(value, rows, vocabulary)
+    if settings.reads_history and past is None:
+        raise RequestError(
+            "penalties, n-grams, DRY and min_tokens need history=(ids, offsets, prompt_lengths); got None"
+        )
+    if settings.reads_prompts and past is not None and past.prompts is None:
+        raise RequestError(
+            "presence_penalty, frequency_penalty and min_tokens count the text without its prompt: history "
+            "must be (ids, offsets, prompt_lengths); got no prompt_lengths"
+        )
+    return past if settings.reads_history else None
+
+
+def _mask(value: Any, rows: int, vocabulary: int) -> Tensor | None:
+    if value is None:
+        return None
+    found = torch.as_tensor(value)
+    words = (vocabulary + 31) // 32
+    if found.shape != (rows, words) or found.dtype not in (torch.int32, torch.uint32):
+        raise ShapeError(
+            f"allowed_mask must be ({rows}, {words}) int32, a bit for each id; "
+            f"got {tuple(found.shape)} of {found.dtype}"
+        )
+    found = found.view(torch.int32)
+    return found if found.stride(1) == 1 or words == 1 else found.contiguous()
+
+
+def _state(value: Any, rows: int) -> Tensor | None:
+    if value is None:
+        return None
+    found = torch.as_tensor(value).to("cpu", torch.float64)
+    if found.shape != (rows,):
+        raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
+    return found.contiguous()
 
 
 def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[np.uint64]]:
@@ -136,13 +135,23 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[
     return made, np.array(fresh, np.uint64)
 
 
+def _needs(need: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(need) if not isinstance(need, str) else (need,)
+    for name in found:
+        if name not in NEEDS:
+            raise ConfigError(f"need names fields of Sampled; got {name!r}{nearest(name, NEEDS)}")
+    return found
+
+
 def sample(
-    logits: Tensor,
+    logits: Any,
     params: SamplingParams | Sequence[SamplingParams],
     position: int | Tensor | Sequence[int],
     *,
     history: History | None = None,
     completion: int | Tensor | Sequence[int] = 0,
+    allowed_mask: Any = None,
+    state: Any = None,
     need: Iterable[str] = (),
     on_bad_row: Literal["raise", "flag"] | None = None,
 ) -> Sampled:
@@ -157,9 +166,14 @@ def sample(
     position : int or (R,) integers
         Place of the token to be drawn in its sequence, the prompt counted; in [0, 2^32).
     history : (ids, offsets, prompt_lengths), optional
-        The sequences so far, one behind the other; needed where a repetition penalty is set.
+        The sequences so far, one behind the other, row i in ``ids[offsets[i]:offsets[i + 1]]``; needed where
+        a penalty, an n-gram size, DRY or min_tokens is set.
     completion : int or (R,) integers
         Which of n continuations of one request this is; in [0, 2^32).
+    allowed_mask : (R, ceil(V / 32)) int32 tensor, optional
+        Bit ``id % 32`` of word ``id // 32`` says whether the id may be drawn, as grammar engines pack it.
+    state : (R,) float64 tensor, optional
+        Mirostat's `Sampled.state` of the position before; None, or NaN in a row, starts anew.
     need : names of `Sampled` fields
         What else to return. What is not asked for costs nothing.
     on_bad_row : "raise" or "flag"
@@ -193,7 +207,7 @@ def sample(
             f"logits must be (rows, vocabulary) floats; got {tuple(logits.shape)} of {logits.dtype}"
         )
     rows, vocabulary = logits.shape
-    if vocabulary > kernel.MAX_VOCABULARY:
+    if vocabulary > MAX_VOCABULARY:
         raise ShapeError(f"the vocabulary must be at most 2^20; got {vocabulary}")
     if not isinstance(params, SamplingParams):
         params = tuple(params)
@@ -203,26 +217,21 @@ def sample(
             params = SamplingParams()
         elif rows == 1:
             params = params[0]
-    need = tuple(need) if not isinstance(need, str) else (need,)
-    for name in need:
-        if name not in NEEDS:
-            raise ConfigError(f"need names fields of Sampled; got {name!r}{nearest(name, NEEDS)}")
+    need = _needs(need)
     if on_bad_row not in (None, "raise", "flag"):
         raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
     packed = pack(params)
     if packed.settings.highest_id >= vocabulary:
         raise RequestError(
-            f"logit_bias and allowed_tokens must name ids in [0, {vocabulary}); "
-            f"got {packed.settings.highest_id}"
+            f"the token ids of settings must be in [0, {vocabulary}); got {packed.settings.highest_id}"
         )
-    if packed.settings.penalised and history is None:
-        raise RequestError("a repetition penalty needs history=(ids, offsets, prompt_lengths); got None")
-    past = None if history is None else _history(history, rows, vocabulary)
-    if not packed.settings.penalised:
-        past = None  # checked all the same: a wrong history is wrong whether or not it is used
+    past = _history(history, packed.settings, rows, vocabulary)
     seeds, keys = _seed_rows(packed, rows)
-    where, which = _coordinate(position, rows, "position"), _coordinate(completion, rows, "completion")
-    chosen, bad = kernel.choose(logits, packed.settings, keys, where, which, past, need)
+    draw = kernel.Draw(
+        keys, _coordinate(position, rows, "position"), _coordinate(completion, rows, "completion")
+    )
+    mask, start = _mask(allowed_mask, rows, vocabulary), _state(state, rows)
+    chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
     if policy == "raise" and (bad is None or bad > 0):
         _raise_on_bad(chosen)
@@ -232,8 +241,8 @@ def sample(
 
 _WORDS = {
     Status.NAN: "NaN among its logits",
-    Status.INFINITE: "+inf among its logits (as they came, or after bias and penalty)",
-    Status.EMPTY: "no token left to draw: all logits are -inf after bias and allowed tokens",
+    Status.INFINITE: "+inf among its logits (as they came, or after bias and penalties)",
+    Status.EMPTY: "no token left to draw: all logits are -inf after bias, allowed and banned tokens",
 }
 
 

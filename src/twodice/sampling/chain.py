@@ -1,0 +1,127 @@
+"""From settings to programs: what the kernels run for each row, packed once and cached.
+
+The file knows the names of settings and the codes of stages; it knows no logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from twodice.kernels.sampling_settings import Rule, Settings, Stage
+from twodice.random import noise
+from twodice.random.keys import Key
+from twodice.sampling.fields import is_off
+from twodice.sampling.params import SamplingParams
+from twodice.sampling.profiles import profile
+
+_CODES = {
+    "top_n_sigma": Stage.TOP_N_SIGMA,
+    "top_k": Stage.TOP_K,
+    "top_p": Stage.TOP_P,
+    "min_p": Stage.MIN_P,
+    "top_h": Stage.TOP_H,
+    "typical_p": Stage.TYPICAL,
+    "epsilon_cutoff": Stage.EPSILON,
+    "eta_cutoff": Stage.ETA,
+    "xtc": Stage.XTC,
+    "mirostat": Stage.MIROSTAT,
+}
+# Setting and the name of its place in a row, where these are one number.
+_NUMBERS = {name: name for name in ("dynatemp_range", "dynatemp_exponent", "top_n_sigma", "top_k", "top_p",
+            "top_h", "typical_p", "xtc_probability", "mirostat_tau", "mirostat_eta", "dry_multiplier",
+            "dry_base", "dry_range", "penalty_range", "min_tokens")} | {
+    "repetition_penalty": "penalty",
+    "presence_penalty": "presence",
+    "frequency_penalty": "frequency",
+    "no_repeat_ngram_size": "ngram",
+    "dry_allowed_length": "dry_allowed",
+}  # fmt: skip
+_LOGARITHMS = {
+    "min_p": "log_min_p",
+    "epsilon_cutoff": "log_epsilon",
+    "eta_cutoff": "log_eta",
+    "xtc_threshold": "log_xtc_threshold",
+}
+_LISTS = {
+    "logit_bias": "bias",
+    "allowed_tokens": "allowed",
+    "banned_tokens": "banned",
+    "stop_tokens": "stop",
+    "dry_breakers": "breaker",
+}
+
+
+@lru_cache(maxsize=4096)
+def key_of(seed: int) -> int:
+    """The Philox key of a seed: the child ``sampling`` of ``Key(seed)``."""
+    return Key(seed).child("sampling").value
+
+
+def _log(value: float) -> float:
+    # A subnormal is taken as the smallest normal number: log is defined on these.
+    return float(noise.log(torch.tensor([max(value, 2.0**-1022)], dtype=torch.float64)))
+
+
+def program(params: SamplingParams) -> tuple[tuple[Stage, ...], Rule]:
+    """The codes of the stages that are on, in the order in which they run, and the rules in force."""
+    codes = []
+    for name in params.stages:
+        if name != "temperature":
+            codes.append(_CODES[name])
+        elif params.greedy:
+            codes.append(Stage.GREEDY)
+        else:
+            codes.append(
+                Stage.TEMPERATURE if is_off("dynatemp_range", params.dynatemp_range) else Stage.DYNATEMP
+            )
+    rules = Rule(0)
+    if params.profile is not None:
+        for rule in profile(params.profile).rules:
+            rules |= Rule[rule]
+    if params.xtc_by_expectation:
+        rules |= Rule.XTC_EXPECTED
+    return tuple(codes), rules
+
+
+def _row(params: SamplingParams) -> dict[str, Any]:
+    codes, rules = program(params)
+    row: dict[str, Any] = {"stages": codes, "rules": int(rules), "temperature": params.temperature}
+    for name, place in _NUMBERS.items():
+        value = params.value(name)
+        if value is not None:
+            row[place] = value
+    for name, place in _LOGARITHMS.items():
+        value = params.value(name)
+        if value is not None:
+            row[place] = _log(value)
+    for name, place in _LISTS.items():
+        value = getattr(params, name)
+        if value is not None:
+            row[place] = value
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Settings packed once for R rows (or one for all), with the seeds that were given."""
+
+    settings: Settings
+    seeds: tuple[int | None, ...]
+    all_seeded: bool
+    keys: npt.NDArray[np.uint64]
+
+
+@lru_cache(maxsize=512)
+def pack(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
+    """Pack settings for the kernels; cached, because a text is many calls with the same settings."""
+    every = (params,) if isinstance(params, SamplingParams) else params
+    settings = Settings.pack([_row(p) for p in every])
+    seeds = tuple(p.seed for p in every)
+    keys = np.array([0 if s is None else key_of(s) for s in seeds], np.uint64)
+    return Packed(settings, seeds, None not in seeds, keys)
