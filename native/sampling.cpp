@@ -1,5 +1,5 @@
 // Token sampling: the threads over the rows, the choice of instruction set, the binding. The chain on one row is in
-// sampling_row.hpp; the readable twin in src/twodice/kernels/sampling.py.
+// sampling_row.hpp; the readable twin in src/twodice/kernels/sampling_reference.py.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "noise.hpp"
+#include "sampling_edit.hpp"
+#include "sampling_types.hpp"
 #include "threads.hpp"
 
 namespace nb = nanobind;
@@ -21,91 +23,8 @@ namespace {
 constexpr int64_t kBlock = 128;  // values a block maximum stands for
 constexpr int64_t kBuckets = 1024;
 
-enum Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-enum Status : int { kOk = 0, kNan = 1, kInfinite = 2, kEmpty = 3 };
-enum Need : int {
-    kNeedLogprob = 1,
-    kNeedRaw = 2,
-    kNeedTemperature = 4,
-    kNeedRank = 8,
-    kNeedKept = 16,
-    kNeedMass = 32,
-    kNeedEntropy = 64,
-};
-
-struct Settings {  // ROW in kernels/sampling.py
-    double temperature, top_p, log_min_p;
-    int64_t top_k;
-    uint64_t key;
-    float penalty;
-    int32_t has_allowed;
-    int64_t bias_begin, bias_end, allowed_begin, allowed_end;
-};
-static_assert(sizeof(Settings) == 80, "as packed by numpy");
-
-struct Logits {
-    const char* data;
-    int type;
-    int64_t rows, vocabulary, row_bytes, column_stride;
-};
-
-struct Job {
-    const Settings* settings;
-    bool one_setting;
-    const int64_t *bias_ids, *allowed_ids;
-    const float* bias_values;
-    const uint64_t* keys;
-    bool one_key;
-    const int64_t *positions, *completions;  // or null: then the one for all rows
-    int64_t one_position, one_completion;
-    const int64_t *history_ids, *history_offsets;
-    int need;
-};
-
-struct Result {
-    int64_t token = -1, rank = -1;
-    double logprob = NAN, raw = NAN, temperature = NAN, mass = NAN, entropy = NAN;
-    std::vector<int64_t> kept;
-};
-
-// Buffers that a thread keeps between rows and calls, so that no page is touched for the first time in a hot call.
-template <class F, class K>
-struct Buffers {
-    std::vector<F> values, maxima, copy, raw;
-    std::vector<K> keys;
-};
-
-struct Scratch {
-    Buffers<float, uint64_t> narrow;
-    Buffers<double, unsigned __int128> wide;
-    std::vector<uint64_t> seen;
-    std::vector<int64_t> buckets;
-
-    template <class F>
-    auto& buffers() {
-        if constexpr (sizeof(F) == 4)
-            return narrow;
-        else
-            return wide;
-    }
-    template <class F>
-    std::vector<F>& values() { return buffers<F>().values; }
-    template <class F>
-    std::vector<F>& maxima() { return buffers<F>().maxima; }
-    template <class F>
-    std::vector<F>& copy() { return buffers<F>().copy; }
-    template <class F>
-    std::vector<F>& raw() { return buffers<F>().raw; }
-    template <class K>
-    std::vector<K>& keys() {
-        if constexpr (sizeof(K) == 8)
-            return narrow.keys;
-        else
-            return wide.keys;
-    }
-};
-
 namespace portable {
+#include "sampling_vector.hpp"
 #include "sampling_row.hpp"
 }
 
@@ -118,6 +37,7 @@ namespace portable {
 #endif
 #define TWODICE_LEVEL_AVX2 1
 namespace avx2 {
+#include "sampling_vector.hpp"
 #include "sampling_row.hpp"
 }
 #undef TWODICE_LEVEL_AVX2
@@ -144,14 +64,13 @@ T* at(uintptr_t address) {
 // alive. Returns the number of bad rows, or with the kept sets (bad rows, ids one row behind the other).
 nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, int64_t row_bytes, int64_t column_stride,
                   nb::tuple settings, int64_t setting_count, uintptr_t keys, int64_t key_count, uintptr_t positions,
-                  int64_t position, uintptr_t completions, int64_t completion, uintptr_t history_ids,
-                  uintptr_t history_offsets, int need, uintptr_t token, uintptr_t rank, uintptr_t status,
+                  int64_t position, uintptr_t completions, int64_t completion, nb::tuple past, uintptr_t mask,
+                  int64_t mask_stride, uintptr_t state, int need, uintptr_t token, uintptr_t rank, uintptr_t status,
                   uintptr_t floats, uintptr_t kept_offsets, int threads) {
     const Logits in{at<const char>(data), type, rows, vocabulary, row_bytes, column_stride};
     const Job job{at<const Settings>(nb::cast<uintptr_t>(settings[0])),
                   setting_count == 1,
                   at<const int64_t>(nb::cast<uintptr_t>(settings[1])),
-                  at<const int64_t>(nb::cast<uintptr_t>(settings[3])),
                   at<const float>(nb::cast<uintptr_t>(settings[2])),
                   at<const uint64_t>(keys),
                   key_count == 1,
@@ -159,8 +78,12 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
                   at<const int64_t>(completions),
                   position,
                   completion,
-                  at<const int64_t>(history_ids),
-                  at<const int64_t>(history_offsets),
+                  at<const int64_t>(nb::cast<uintptr_t>(past[0])),
+                  at<const int64_t>(nb::cast<uintptr_t>(past[1])),
+                  at<const int64_t>(nb::cast<uintptr_t>(past[2])),
+                  at<const uint32_t>(mask),
+                  mask_stride,
+                  at<double>(state),
                   need};
     int64_t* const tokens = at<int64_t>(token);
     int64_t* const ranks = at<int64_t>(rank);
@@ -185,6 +108,7 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
                     numbers[2 * rows + row] = out.temperature;
                     numbers[3 * rows + row] = out.mass;
                     numbers[4 * rows + row] = out.entropy;
+                    numbers[5 * rows + row] = out.temperature_entropy;
                 }
                 if (need & kNeedKept) kept[row] = std::move(out.kept);
             }
@@ -241,14 +165,12 @@ void gumbel_of_bits(uintptr_t uniforms, int64_t count, uintptr_t out) {
 
 // Fixed-point masses of z <= 0, by the instructions in force.
 void weights_of(uintptr_t z, int64_t count, uintptr_t out) {
-    std::vector<int32_t> bucket(static_cast<size_t>(count));
     const double* const values = at<const double>(z);
     int64_t* const found = at<int64_t>(out);
 #if TWODICE_X86
-    if (simd_level().load(std::memory_order_relaxed) >= Simd::avx2)
-        return avx2::masses(values, count, 0.0, 1.0, 1.0, found, bucket.data());
+    if (simd_level().load(std::memory_order_relaxed) >= Simd::avx2) return avx2::weigh(values, count, 0.0, 1.0, found);
 #endif
-    portable::masses(values, count, 0.0, 1.0, 1.0, found, bucket.data());
+    portable::weigh(values, count, 0.0, 1.0, found);
 }
 
 }  // namespace

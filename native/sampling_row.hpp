@@ -1,8 +1,9 @@
 // The chain on one row. Included once for each instruction set, inside a namespace of its own (see sampling.cpp).
 // No include guard on purpose, and no system header: those belong outside the target region.
 //
-// All filters of the chain keep a prefix of the rank order (value, then the lower id). So what is kept is one number:
-// the key of the last token kept. A key packs (value, ~index) so that a larger key stands earlier in the order.
+// Every stage keeps a contiguous range of the rank order (value, then id). A key packs (value, id) so that a larger key
+// stands earlier in the order. What is kept is either a prefix of the whole row, given by the key of its last token
+// (`cut_`), or an explicit list of keys. The readable twin is src/twodice/kernels/sampling_reference.py.
 
 template <class F>
 struct Order;
@@ -10,300 +11,292 @@ struct Order;
 template <>
 struct Order<float> {
     using Key = uint64_t;
-    static inline Key key(float x, uint32_t i) {
+    using Bits = uint32_t;
+    static inline Bits ordered(float x) {
         const uint32_t b = bits_of<uint32_t>(x + 0.0f);  // -0 becomes +0: they are equal
-        const uint32_t ordered = b ^ (static_cast<uint32_t>(static_cast<int32_t>(b) >> 31) | 0x80000000u);
-        return (uint64_t{ordered} << 32) | (0xFFFFFFFFu - i);
+        return b ^ (static_cast<uint32_t>(static_cast<int32_t>(b) >> 31) | 0x80000000u);
     }
-    static inline uint32_t index(Key k) { return 0xFFFFFFFFu - static_cast<uint32_t>(k); }
+    static inline float value(Bits o) { return bits_of<float>(o & 0x80000000u ? o ^ 0x80000000u : ~o); }
 };
 
 template <>
 struct Order<double> {
     using Key = unsigned __int128;
-    static inline Key key(double x, uint32_t i) {
+    using Bits = uint64_t;
+    static inline Bits ordered(double x) {
         const uint64_t b = bits_of<uint64_t>(x + 0.0);
-        const uint64_t ordered = b ^ (static_cast<uint64_t>(static_cast<int64_t>(b) >> 63) | 0x8000000000000000u);
-        return (static_cast<Key>(ordered) << 32) | (0xFFFFFFFFu - i);
+        return b ^ (static_cast<uint64_t>(static_cast<int64_t>(b) >> 63) | 0x8000000000000000u);
     }
-    static inline uint32_t index(Key k) { return 0xFFFFFFFFu - static_cast<uint32_t>(k); }
+    static inline double value(Bits o) { return bits_of<double>(o >> 63 ? o ^ 0x8000000000000000u : ~o); }
 };
-
-// Largest value of `count` numbers; `bad` becomes true where one is NaN.
-template <class F>
-inline F block_max(const F* x, int64_t count, bool& bad) {
-    F best = -INFINITY;
-    int nan = 0;
-    for (int64_t j = 0; j < count; ++j) {
-        nan |= x[j] != x[j];
-        best = x[j] > best ? x[j] : best;
-    }
-    bad |= nan != 0;
-    return best;
-}
-
-#ifdef TWODICE_LEVEL_AVX2
-template <>
-inline float block_max<float>(const float* x, int64_t count, bool& bad) {
-    if (count != kBlock) {
-        float best = -INFINITY;
-        for (int64_t j = 0; j < count; ++j) {
-            bad |= x[j] != x[j];
-            best = x[j] > best ? x[j] : best;
-        }
-        return best;
-    }
-    __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8);
-    __m256 nan = _mm256_cmp_ps(a, b, _CMP_UNORD_Q);
-    for (int64_t j = 16; j < kBlock; j += 16) {
-        const __m256 c = _mm256_loadu_ps(x + j), d = _mm256_loadu_ps(x + j + 8);
-        nan = _mm256_or_ps(nan, _mm256_cmp_ps(c, d, _CMP_UNORD_Q));
-        a = _mm256_max_ps(a, c);
-        b = _mm256_max_ps(b, d);
-    }
-    a = _mm256_max_ps(a, b);
-    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-    s = _mm_max_ss(s, _mm_movehdup_ps(s));
-    bad |= _mm256_movemask_ps(nan) != 0;
-    return _mm_cvtss_f32(s);
-}
-#endif
-
-#ifdef TWODICE_LEVEL_AVX2
-// noise_exp of four numbers, the same operations.
-inline __m256d exp4(__m256d z) {
-    const __m256d low = _mm256_max_pd(z, _mm256_set1_pd(-700.0)), round = _mm256_set1_pd(kRound);
-    const __m256d shifted = _mm256_add_pd(_mm256_mul_pd(low, _mm256_set1_pd(kLog2E)), round);
-    const __m256d n = _mm256_sub_pd(shifted, round);
-    const __m256d r = _mm256_sub_pd(_mm256_sub_pd(low, _mm256_mul_pd(n, _mm256_set1_pd(kLn2High))),
-                                    _mm256_mul_pd(n, _mm256_set1_pd(kLn2Low)));
-    constexpr double c[11] = {1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0,
-                              1.0 / 24.0,      1.0 / 6.0,      0.5,           1.0,          1.0};
-    __m256d y = _mm256_set1_pd(1.0 / 39916800.0);
-    for (const double term : c) y = _mm256_add_pd(_mm256_mul_pd(y, r), _mm256_set1_pd(term));
-    const __m256i scale = _mm256_add_epi64(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52),
-                                           _mm256_set1_epi64x(kOneBits));
-    return _mm256_mul_pd(y, _mm256_castsi256_pd(scale));
-}
-
-inline __m256d load4(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
-inline __m256d load4(const double* x) { return _mm256_loadu_pd(x); }
-#endif
-
-// z, mass and bucket of `count` logits.
-template <class F>
-inline void masses(const F* x, int64_t count, double m, double t, double per_unit, int64_t* weight, int32_t* bucket) {
-    int64_t j = 0;
-#ifdef TWODICE_LEVEL_AVX2
-    const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t), round = _mm256_set1_pd(kRound);
-    const __m256d last = _mm256_set1_pd(static_cast<double>(kBuckets - 1)), per = _mm256_set1_pd(per_unit);
-    for (; j + 4 <= count; j += 4) {
-        __m256d z = _mm256_sub_pd(load4(x + j), top);
-        if (t != 1.0) z = _mm256_div_pd(z, warm);
-        const __m256d scaled = _mm256_add_pd(_mm256_mul_pd(exp4(z), _mm256_set1_pd(0x1p42)), round);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + j),
-                            _mm256_sub_epi64(_mm256_castpd_si256(scaled), _mm256_set1_epi64x(kRoundBits)));
-        const __m256d at = _mm256_mul_pd(_mm256_sub_pd(_mm256_setzero_pd(), z), per);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bucket + j), _mm256_cvttpd_epi32(_mm256_min_pd(at, last)));
-    }
-#endif
-    for (; j < count; ++j) {
-        const double z = (static_cast<double>(x[j]) - m) / t, at = (0.0 - z) * per_unit;
-        weight[j] = noise_weight(z);
-        bucket[j] = static_cast<int32_t>(at < kBuckets - 1 ? at : kBuckets - 1);
-    }
-}
-
-// Sum of exp((x - m) / t), in float64 and in no promised order.
-template <class F>
-inline double sum_exp(const F* x, int64_t count, double m, double t) {
-    double sum = 0;
-    int64_t j = 0;
-#ifdef TWODICE_LEVEL_AVX2
-    const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t);
-    __m256d a = _mm256_setzero_pd();
-    for (; j + 4 <= count; j += 4) {
-        __m256d z = _mm256_sub_pd(load4(x + j), top);
-        if (t != 1.0) z = _mm256_div_pd(z, warm);
-        a = _mm256_add_pd(a, exp4(z));
-    }
-    double lanes[4];
-    _mm256_storeu_pd(lanes, a);
-    sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-#endif
-    for (; j < count; ++j) sum += noise_exp((static_cast<double>(x[j]) - m) / t);
-    return sum;
-}
-
-inline float widen_half(uint16_t h) {
-    const uint32_t sign = uint32_t{h & 0x8000u} << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3FFu;
-    if (exponent == 31) return bits_of<float>(sign | 0x7F800000u | (fraction << 13));
-    if (exponent != 0) return bits_of<float>(sign | ((exponent + 112u) << 23) | (fraction << 13));
-    const float tiny = static_cast<float>(fraction) * 0x1p-24f;
-    return sign ? -tiny : tiny;
-}
-
-// Row of any type and stride to contiguous F.
-template <class F>
-inline void widen(const Logits& in, const char* row, F* out) {
-    const int64_t n = in.vocabulary, step = in.column_stride;
-    switch (in.type) {
-        case kFloat32: {
-            const float* p = reinterpret_cast<const float*>(row);
-            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<F>(p[i * step]);
-            break;
-        }
-        case kBfloat16: {
-            const uint16_t* p = reinterpret_cast<const uint16_t*>(row);
-            if (step == 1)
-                for (int64_t i = 0; i < n; ++i) out[i] = bits_of<float>(uint32_t{p[i]} << 16);
-            else
-                for (int64_t i = 0; i < n; ++i) out[i] = bits_of<float>(uint32_t{p[i * step]} << 16);
-            break;
-        }
-        case kFloat16: {
-            const uint16_t* p = reinterpret_cast<const uint16_t*>(row);
-            int64_t i = 0;
-#ifdef TWODICE_LEVEL_AVX2
-            if (step == 1 && sizeof(F) == 4)
-                for (; i + 8 <= n; i += 8)
-                    _mm256_storeu_ps(reinterpret_cast<float*>(out + i),
-                                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
-#endif
-            for (; i < n; ++i) out[i] = widen_half(p[i * step]);
-            break;
-        }
-        case kFloat64: {
-            const double* p = reinterpret_cast<const double*>(row);
-            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<F>(p[i * step]);
-            break;
-        }
-    }
-}
 
 template <class F>
 class Chain {
     using O = Order<F>;
     using Key = typename O::Key;
+    using Bits = typename O::Bits;
+    static constexpr int64_t kChunk = 256;
 
-  public:
+   public:
     Chain(const Logits& in, const Job& job, Scratch& scratch) : in_(in), job_(job), s_(scratch) {}
 
     int run(int64_t row, Result& out) {
         const Settings& set = job_.settings[job_.one_setting ? 0 : row];
+        flip_ = (set.rules & kHighIdFirst) ? 0u : 0xFFFFFFFFu;
         const int status = prepare(row, set);
         if (status != kOk) return status;
-        temperature_ = set.temperature;
-        log_min_p_ = -INFINITY;
-        have_list_ = sorted_ = false;
-        cut_ = O::key(-std::numeric_limits<F>::max(), 0xFFFFFFFFu);
-        if (temperature_ == 0.0) {  // stage 4 leaves the first argmax, and there is nothing to draw
-            temperature_ = 1.0;
-            list().assign(1, O::key(max_, argmax()));
-            have_list_ = sorted_ = true;
-            cut_ = list()[0];
-            finish(row, list()[0], true, out);
-            return kOk;
-        }
-        if (set.top_k > 0 && set.top_k < n_) top_k(set.top_k);
-        if (set.top_p < 1.0) top_p(set.top_p);
-        min_p(set.log_min_p);
-        const Place at{job_.keys[job_.one_key ? 0 : row], 
-                       static_cast<uint32_t>(job_.positions ? job_.positions[row] : job_.one_position),
-                       static_cast<uint32_t>(job_.completions ? job_.completions[row] : job_.one_completion), 0};
-        finish(row, have_list_ ? draw_list(at) : draw_all(at), false, out);
+        at_ = Place{job_.keys[job_.one_key ? 0 : row],
+                    static_cast<uint32_t>(job_.positions ? job_.positions[row] : job_.one_position),
+                    static_cast<uint32_t>(job_.completions ? job_.completions[row] : job_.one_completion),
+                    kPurposeToken};
+        top_ = wide_max_;
+        for (const uint8_t* stage = set.stages; *stage != kEnd; ++stage) apply(*stage, set, row);
+        const Key drawn = greedy_ ? list()[0] : have_list_ ? draw_list() : draw_all();
+        if (steered_) job_.state[row] = mu_ - set.mirostat_eta * (surprise_of(drawn) - set.mirostat_tau);
+        finish(row, drawn, out);
         return kOk;
     }
 
-  private:
-    std::vector<Key>& list() { return s_.template keys<Key>(); }
-    double z_of(F x) const { return (static_cast<double>(x) - wide_max_) / temperature_; }
-    double z_of(Key k) const { return z_of(x_[O::index(k)]); }
+   private:
+    std::vector<Key>& list() const { return s_.template buffers<F>().keys; }
+    std::vector<F>& maxima() const { return s_.template buffers<F>().maxima; }
+    Key key(F x, uint32_t i) const { return (static_cast<Key>(O::ordered(x)) << 32) | (i ^ flip_); }
+    uint32_t index(Key k) const { return static_cast<uint32_t>(k) ^ flip_; }
+    static Key least_of(F x) { return static_cast<Key>(O::ordered(x)) << 32; }  // not above any key of this value
+    double z_of(F x) const { return (static_cast<double>(x) - top_) / temperature_; }
+    double z_of(Key k) const { return z_of(x_[index(k)]); }
     uint32_t id_of(uint32_t index) const { return ids_ ? static_cast<uint32_t>(ids_[index]) : index; }
     int64_t block_count() const { return (n_ + kBlock - 1) / kBlock; }
     int64_t block_end(int64_t b) const { return b * kBlock + kBlock < n_ ? b * kBlock + kBlock : n_; }
+    bool whole() const { return !have_list_ && cut_ == 0; }
 
+    void apply(uint8_t stage, const Settings& set, int64_t row) {
+        switch (stage) {
+            case kTemperature: temperature_ = set.temperature; break;
+            case kDynatemp: dynatemp(set); break;
+            case kGreedy: greedy(); break;
+            case kTopNSigma: top_n_sigma(set.top_n_sigma); break;
+            case kTopK: top_k(set.top_k, (set.rules & kTiesAtK) != 0); break;
+            case kTopP: top_p(set.top_p, (set.rules & kJoint) != 0); break;
+            case kMinP: keep_where([&](double z) { return z >= set.log_min_p; }); break;
+            case kTopH: top_h(set.top_h); break;
+            case kTypical: typical(set.typical_p); break;
+            case kEpsilon: least(set.log_epsilon, log_total()); break;
+            case kEta: {
+                const Moments m = moments();
+                const double other = 0.5 * set.log_eta - m.entropy;
+                least(set.log_eta < other ? set.log_eta : other, m.log_total);
+                break;
+            }
+            case kXtc: xtc(set); break;
+            case kMirostat: mirostat(set, row); break;
+        }
+    }
+
+    // ---- stages 1 to 3 ----
+
+    // The lowest index of the greatest value.
     uint32_t argmax() const {
-        const F* maxima = s_.template maxima<F>().data();
         int64_t b = 0;
-        while (!(maxima[b] == max_)) ++b;
+        while (!(maxima()[b] == max_)) ++b;
         int64_t i = b * kBlock;
         while (!(x_[i] == max_)) ++i;
         return static_cast<uint32_t>(i);
     }
 
-    bool take_maxima() {
-        auto& maxima = s_.template maxima<F>();
-        maxima.resize(block_count());
+    // Maxima of the blocks from `begin` to `end`; whether there was a NaN.
+    bool take_maxima(int64_t begin, int64_t end) {
+        auto& m = maxima();
         bool bad = false;
-        F best = -INFINITY;
-        for (int64_t b = 0; b < block_count(); ++b) {
-            const F m = block_max<F>(x_ + b * kBlock, block_end(b) - b * kBlock, bad);
-            maxima[b] = m;
-            best = m > best ? m : best;
-        }
-        max_ = best;
-        wide_max_ = static_cast<double>(best);
+        for (int64_t b = begin; b < end; ++b)
+            m[b] = block_max<F>(x_ + b * kBlock, block_end(b) - b * kBlock, bad);
         return bad;
     }
 
-    // Stages 1 to 3.
+    void take_top() {
+        F best = -INFINITY;
+        const F* m = maxima().data();
+        for (int64_t b = 0; b < block_count(); ++b) best = m[b] > best ? m[b] : best;
+        max_ = best;
+        wide_max_ = static_cast<double>(best);
+    }
+
     int prepare(int64_t row, const Settings& set) {
         const char* start = in_.data + row * in_.row_bytes;
-        const bool penalised = set.penalty != 1.0f && job_.history_offsets != nullptr;
-        const bool edited = set.bias_begin < set.bias_end || penalised || set.has_allowed;
         const bool direct = in_.column_stride == 1 && in_.type == (sizeof(F) == 4 ? kFloat32 : kFloat64);
+        const bool is_edited = edited(set);
         n_ = in_.vocabulary;
-        ids_ = nullptr;
-        auto& values = s_.template values<F>();
-        if (direct && !edited) {
+        auto& values = s_.template buffers<F>().values;
+        if (direct && !is_edited) {
             x_ = reinterpret_cast<const F*>(start);
         } else {
             values.resize(n_);
             widen<F>(in_, start, values.data());
             x_ = values.data();
         }
-        if (take_maxima()) return kNan;
+        maxima().resize(block_count());
+        if (take_maxima(0, block_count())) return kNan;
+        take_top();
         if (max_ == INFINITY) return kInfinite;
-        if (edited) {
-            for (int64_t j = set.bias_begin; j < set.bias_end; ++j) values[job_.bias_ids[j]] += job_.bias_values[j];
-            if (penalised) penalise(row, set, values);
-            if (set.has_allowed) {
-                const int64_t count = set.allowed_end - set.allowed_begin;
-                ids_ = job_.allowed_ids + set.allowed_begin;  // ascending, so the order of places is the order of ids
-                for (int64_t j = 0; j < count; ++j) values[j] = values[ids_[j]];
-                n_ = count;
-            }
-            take_maxima();
+        if (is_edited) {
+            edit(row, set, values);
+            take_top();
             if (max_ == INFINITY) return kInfinite;
         }
         return max_ == -INFINITY ? kEmpty : kOk;
     }
 
-    void penalise(int64_t row, const Settings& set, std::vector<F>& values) {
-        const F penalty = static_cast<F>(set.penalty);
-        auto& seen = s_.seen;
-        seen.resize((in_.vocabulary + 63) / 64, 0);
-        const int64_t begin = job_.history_offsets[row], end = job_.history_offsets[row + 1];
-        for (int64_t j = begin; j < end; ++j) {
-            const int64_t id = job_.history_ids[j];
-            const uint64_t bit = uint64_t{1} << (id & 63);
-            if (seen[id >> 6] & bit) continue;
-            seen[id >> 6] |= bit;
-            values[id] = values[id] > 0 ? values[id] / penalty : values[id] * penalty;
+    bool edited(const Settings& set) const {
+        auto nothing = [](int64_t) {};
+        return Editor<F, decltype(nothing)>::wanted(job_, set);
+    }
+
+    void edit(int64_t row, const Settings& set, std::vector<F>& values) {
+        auto& touched = s_.blocks;
+        touched.assign(block_count(), 0);
+        auto touch = [&](int64_t id) { touched[id / kBlock] = 1; };
+        Editor<F, decltype(touch)>(job_, set, s_, n_, row, values.data(), touch).run();
+        if (set.allowed.begin < set.allowed.end) {
+            const int64_t count = set.allowed.end - set.allowed.begin;
+            ids_ = job_.ids + set.allowed.begin;  // ascending, so the order of places is the order of ids
+            for (int64_t j = 0; j < count; ++j) values[j] = values[ids_[j]];
+            n_ = count;
+            maxima().resize(block_count());
+            take_maxima(0, block_count());
+            return;
         }
-        for (int64_t j = begin; j < end; ++j) seen[job_.history_ids[j] >> 6] = 0;
+        for (int64_t b = 0; b < block_count(); ++b)
+            if (touched[b]) take_maxima(b, b + 1);
+    }
+
+    // ---- what is kept, and sums over it ----
+
+    // Calls fn(values, count) over everything that is kept, in chunks; what is not kept is -inf there.
+    template <class Fn>
+    void for_kept(Fn fn) const {
+        F chunk[kChunk];
+        if (have_list_) {
+            const auto& keys = list();
+            const int64_t size = static_cast<int64_t>(keys.size());
+            for (int64_t begin = 0; begin < size; begin += kChunk) {
+                const int64_t count = size - begin < kChunk ? size - begin : kChunk;
+                for (int64_t j = 0; j < count; ++j) chunk[j] = x_[index(keys[begin + j])];
+                fn(chunk, count);
+            }
+            return;
+        }
+        for (int64_t begin = 0; begin < n_; begin += kChunk) {
+            const int64_t count = n_ - begin < kChunk ? n_ - begin : kChunk;
+            if (cut_ == 0) {
+                fn(x_ + begin, count);
+                continue;
+            }
+            for (int64_t j = 0; j < count; ++j) {
+                const F x = x_[begin + j];
+                chunk[j] = key(x, static_cast<uint32_t>(begin + j)) >= cut_ ? x : static_cast<F>(-INFINITY);
+            }
+            fn(chunk, count);
+        }
+    }
+
+    int64_t total() const {
+        int64_t sum = 0;
+        for_kept([&](const F* x, int64_t count) {
+            int64_t weight[kChunk];
+            weigh<F>(x, count, top_, temperature_, weight);
+            for (int64_t j = 0; j < count; ++j) sum += weight[j];
+        });
+        return sum;
+    }
+
+    static double log_of(int64_t mass) { return noise_log(static_cast<double>(mass) * 0x1p-42); }
+    double log_total() const { return log_of(total()); }
+
+    struct Moments {
+        int64_t mass = 0, moment = 0;
+        double log_total = 0, entropy = 0;
+    };
+
+    Moments moments() const {
+        Moments out;
+        for_kept([&](const F* x, int64_t count) {
+            int64_t weight[kChunk], moment[kChunk];
+            weigh_moments<F>(x, count, top_, temperature_, weight, moment);
+            for (int64_t j = 0; j < count; ++j) out.mass += weight[j], out.moment += moment[j];
+        });
+        out.log_total = log_of(out.mass);
+        out.entropy = out.log_total + static_cast<double>(out.moment) / static_cast<double>(out.mass);
+        return out;
+    }
+
+    // Everything that is kept as a list, unsorted.
+    void make_list() {
+        if (have_list_) return;
+        collect(cut_ == 0 ? static_cast<F>(-INFINITY) : O::value(static_cast<Bits>(cut_ >> 32)), list());
+        if (cut_ != 0) drop_below(cut_);
+        have_list_ = true;
+        sorted_ = false;
+    }
+
+    void drop_below(Key least) {
+        auto& keys = list();
+        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k < least; }), keys.end());
+    }
+
+    // The first of what is kept.
+    Key first() const {
+        if (have_list_) return *std::max_element(list().begin(), list().end());
+        uint32_t i = argmax();
+        if (flip_ == 0)
+            for (uint32_t j = i + 1; j < n_; ++j) i = x_[j] == max_ ? j : i;
+        return key(max_, i);
+    }
+
+    // Keep keys from `least` on, which is not above the first.
+    void keep_from(Key least) {
+        if (have_list_) {
+            drop_below(least);
+            return;
+        }
+        if (least > cut_) cut_ = least;
+        shrink();
+    }
+
+    // A list in the place of a cut where few blocks reach it.
+    void shrink() {
+        const F bound = O::value(static_cast<Bits>(cut_ >> 32));
+        int64_t blocks = 0;
+        for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
+        if (blocks <= 64) make_list();
+    }
+
+    // Keep the tokens whose z satisfies a condition that holds for a prefix, and at least the first. The least value for
+    // which it holds is found by bisection over the ordered bits of the floats.
+    template <class Holds>
+    void keep_where(Holds holds) {
+        const F top = static_cast<F>(top_);
+        if (!holds(z_of(top))) {
+            keep_from(first());
+            return;
+        }
+        Bits low = O::ordered(-std::numeric_limits<F>::max()), high = O::ordered(top);
+        if (holds(z_of(O::value(low)))) return;  // for everything that lives
+        while (high - low > 1) {
+            const Bits middle = low + (high - low) / 2;
+            (holds(z_of(O::value(middle))) ? high : low) = middle;
+        }
+        keep_from(static_cast<Key>(high) << 32);
+    }
+
+    void least(double log_least, double log_sum) {
+        keep_where([&](double z) { return z - log_sum >= log_least; });
     }
 
     // Every living key whose value is at least `bound`, in order of index.
     void collect(F bound, std::vector<Key>& out) const {
         out.clear();
-        const F* maxima = s_.template maxima<F>().data();
-        for (int64_t b = 0; b < block_count(); ++b) {
-            if (!(maxima[b] >= bound)) continue;
-            collect_block(b, bound, out);
-        }
+        for (int64_t b = 0; b < block_count(); ++b)
+            if (maxima()[b] >= bound) collect_block(b, bound, out);
     }
 
     void collect_block(int64_t b, F bound, std::vector<Key>& out) const {
@@ -317,24 +310,23 @@ class Chain {
                 unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ)));
                 while (mask != 0) {
                     const int64_t at = i + __builtin_ctz(mask);
-                    if (x_[at] > -INFINITY) out.push_back(O::key(x_[at], static_cast<uint32_t>(at)));
+                    if (x_[at] > -INFINITY) out.push_back(key(x_[at], static_cast<uint32_t>(at)));
                     mask &= mask - 1;
                 }
             }
         }
 #endif
         for (; i < end; ++i)
-            if (x_[i] >= bound && x_[i] > -INFINITY) out.push_back(O::key(x_[i], static_cast<uint32_t>(i)));
+            if (x_[i] >= bound && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
     }
 
     // The `count` first keys of the rank order, unsorted; fewer where fewer live. The count-th largest block maximum is
     // a lower bound of the count-th largest value, so only blocks that reach it are read again.
     void select(int64_t count, std::vector<Key>& out) {
-        const auto& maxima = s_.template maxima<F>();
         F bound = -INFINITY;
         if (count <= block_count()) {
-            auto& copy = s_.template copy<F>();
-            copy = maxima;
+            auto& copy = s_.template buffers<F>().copy;
+            copy = maxima();
             std::nth_element(copy.begin(), copy.begin() + (count - 1), copy.end(), std::greater<F>());
             bound = copy[count - 1];
         }
@@ -350,28 +342,181 @@ class Chain {
         sorted_ = true;
     }
 
-    void top_k(int64_t k) {
+    // Length of the shortest prefix of the list at which `reached` becomes true, when the tokens are added one by one in
+    // order of rank, or the whole length; the list is put so that this prefix stands first. `add(sum, values, count)`
+    // adds a chunk. Halves the part in which the end must lie, without sorting all of it.
+    template <class Sum, class Add, class Reached>
+    int64_t prefix(Sum sum, Add add, Reached reached) {
+        auto& keys = list();
+        int64_t low = 0, high = static_cast<int64_t>(keys.size());
+        F chunk[kChunk];
+        while (!sorted_ && high - low > 64) {
+            const int64_t middle = low + (high - low) / 2;
+            std::nth_element(keys.begin() + low, keys.begin() + middle, keys.begin() + high, std::greater<Key>());
+            Sum left = sum;
+            for (int64_t begin = low; begin < middle; begin += kChunk) {
+                const int64_t count = middle - begin < kChunk ? middle - begin : kChunk;
+                for (int64_t j = 0; j < count; ++j) chunk[j] = x_[index(keys[begin + j])];
+                add(left, chunk, count);
+            }
+            if (reached(left)) {
+                high = middle;
+            } else {
+                low = middle;
+                sum = left;
+            }
+        }
+        if (!sorted_) std::sort(keys.begin() + low, keys.begin() + high, std::greater<Key>());
+        for (int64_t j = low; j < high; ++j) {
+            add(sum, &x_[index(keys[j])], 1);
+            if (reached(sum)) return j + 1;
+        }
+        return static_cast<int64_t>(keys.size());
+    }
+
+    // ---- stages 4 to 10 ----
+
+    void greedy() {
+        uint32_t best;
+        if (whole()) {
+            best = argmax();
+        } else {
+            make_list();
+            const Bits most = static_cast<Bits>(first() >> 32);
+            best = 0xFFFFFFFFu;
+            for (const Key k : list())
+                if (static_cast<Bits>(k >> 32) == most && index(k) < best) best = index(k);
+        }
+        only(key(x_[best], best));
+        greedy_ = true;
+        temperature_ = 1.0;
+    }
+
+    void only(Key k) {
+        list().assign(1, k);
+        have_list_ = sorted_ = true;
+        top_ = static_cast<double>(x_[index(k)]);
+    }
+
+    int64_t count_kept() const {
+        if (have_list_) return static_cast<int64_t>(list().size());
+        int64_t count = 0;
+        for_kept([&](const F* x, int64_t size) {
+            for (int64_t j = 0; j < size; ++j) count += x[j] > -INFINITY;
+        });
+        return count;
+    }
+
+    void dynatemp(const Settings& set) {
+        const double low = std::max(set.temperature - set.dynatemp_range, 0.0);
+        const double high = set.temperature + set.dynatemp_range;
+        const int64_t n = count_kept();
+        double found = set.temperature;
+        if (n > 1) {
+            double share = moments().entropy / noise_log(static_cast<double>(n));
+            share = share < 0.0 ? 0.0 : share > 1.0 ? 1.0 : share;
+            double power = 0.0;
+            if (share >= 0x1p-1022) {
+                const double exponent = set.dynatemp_exponent * noise_log(share);
+                power = exponent < -700.0 ? 0.0 : noise_exp(exponent);
+            }
+            if (set.dynatemp_exponent == 0.0) power = 1.0;
+            found = low + (high - low) * power;
+        }
+        if (found == 0.0) {
+            only(first());
+            greedy_ = true;
+            temperature_ = 1.0;
+        } else {
+            temperature_ = found;
+        }
+    }
+
+    void top_n_sigma(double n_sigma) {
+        int64_t sum = 0, high = 0, low = 0, n = 0;
+        for_kept([&](const F* x, int64_t size) {
+            for (int64_t j = 0; j < size; ++j) {
+                if (!(x[j] > -INFINITY)) continue;
+                double u = static_cast<double>(x[j]) - top_;
+                u = u > -1024.0 ? u : -1024.0;
+                const int64_t q = bits_of<int64_t>(u * 0x1p20 + kRound) - kRoundBits, square = q * q;
+                sum += q, high += square >> 32, low += square & 0xFFFFFFFF, ++n;
+            }
+        });
+        const double count = static_cast<double>(n), mean = static_cast<double>(sum) / count;
+        const double square = static_cast<double>(high) * 4294967296.0 + static_cast<double>(low);
+        const double variance = square / count - mean * mean;
+        const double limit = -(n_sigma * std::sqrt(variance > 0.0 ? variance : 0.0)) / 0x1p20;
+        const double warm = temperature_;
+        temperature_ = 1.0;  // the distance of logits, not of z
+        keep_where([&](double u) { return u >= limit; });
+        temperature_ = warm;
+    }
+
+    void top_k(int64_t k, bool ties) {
+        if (have_list_) {
+            auto& keys = list();
+            if (k >= static_cast<int64_t>(keys.size())) return;
+            if (!sorted_) std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<Key>());
+            const Key last = keys[k - 1];
+            if (ties) {
+                drop_below(last >> 32 << 32);
+            } else {
+                keys.resize(k);
+            }
+            return;
+        }
+        if (k >= n_) return;
+        if (cut_ != 0) {
+            make_list();
+            top_k(k, ties);
+            return;
+        }
         select(k, list());
         have_list_ = true;
         sorted_ = false;
-        cut_ = *std::min_element(list().begin(), list().end());
+        if (!ties || static_cast<int64_t>(list().size()) < k) return;
+        const Key last = *std::min_element(list().begin(), list().end());
+        collect(O::value(static_cast<Bits>(last >> 32)), list());
     }
 
     static int64_t need_of(double p, int64_t total) {
         const double wanted = std::ceil(p * static_cast<double>(total));
-        int64_t need = wanted < 1.0 ? 1 : static_cast<int64_t>(wanted);
+        const int64_t need = wanted < 1.0 ? 1 : static_cast<int64_t>(wanted);
         return need < total ? need : total;
     }
 
-    // Length of the shortest prefix of the sorted list whose mass reaches `need`, or 0 where the list does not.
-    int64_t prefix(int64_t need) {
-        int64_t sum = 0;
-        const auto& keys = list();
-        for (size_t j = 0; j < keys.size(); ++j) {
-            sum += noise_weight(z_of(keys[j]));
-            if (sum >= need) return static_cast<int64_t>(j) + 1;
+    void keep_mass(int64_t need) {
+        const int64_t length = prefix(
+            int64_t{0},
+            [&](int64_t& sum, const F* x, int64_t count) {
+                int64_t weight[kChunk];
+                weigh<F>(x, count, top_, temperature_, weight);
+                for (int64_t j = 0; j < count; ++j) sum += weight[j];
+            },
+            [&](int64_t sum) { return sum >= need; });
+        list().resize(length);
+    }
+
+    void top_p(double p, bool joint) {
+        if (whole() && !joint) {
+            top_p_whole(p);
+            return;
         }
-        return 0;
+        if (!joint) {
+            make_list();
+            keep_mass(need_of(p, total()));
+            return;
+        }
+        int64_t all = 0;
+        for (int64_t begin = 0; begin < n_; begin += kChunk) {
+            int64_t weight[kChunk];
+            const int64_t count = n_ - begin < kChunk ? n_ - begin : kChunk;
+            weigh<F>(x_ + begin, count, wide_max_, temperature_, weight);
+            for (int64_t j = 0; j < count; ++j) all += weight[j];
+        }
+        make_list();
+        keep_mass(need_of(p, all) + 1);  // a prefix that reaches the need exactly has one token more
     }
 
     // Masses of the whole row, in kBuckets equal slices of z from 0 down to -30, below which every mass is 0. Four
@@ -418,10 +563,10 @@ class Chain {
         auto& keys = list();
         keys.clear();
         for (int64_t block = 0; block < block_count(); ++block) {
-            if (bucket_of(z_of(s_.template maxima<F>()[block]), top, per_unit) > b) continue;
+            if (bucket_of(z_of(maxima()[block]), top, per_unit) > b) continue;
             for (int64_t i = block * kBlock; i < block_end(block); ++i)
                 if (x_[i] > -INFINITY && bucket_of(z_of(x_[i]), top, per_unit) == b)
-                    keys.push_back(O::key(x_[i], static_cast<uint32_t>(i)));
+                    keys.push_back(key(x_[i], static_cast<uint32_t>(i)));
         }
         for (int level = 0; level < 3 && keys.size() > 2048; ++level) {
             top -= static_cast<double>(b) / per_unit;
@@ -436,8 +581,10 @@ class Chain {
             top = start;
         }
         std::sort(keys.begin(), keys.end(), std::greater<Key>());
-        const int64_t length = prefix(need);
-        return keys[length - 1];
+        int64_t sum = 0;
+        for (const Key k : keys)
+            if ((sum += noise_weight(z_of(k))) >= need) return k;
+        return keys.back();
     }
 
     static int32_t slice(double z, double top, double per_unit) {
@@ -445,38 +592,118 @@ class Chain {
         return b < 0 ? 0 : b;
     }
 
-    void top_p(double p) {
-        if (have_list_) {
-            sort_list();
-            int64_t total = 0;
-            for (const Key k : list()) total += noise_weight(z_of(k));
-            list().resize(prefix(need_of(p, total)));
-            cut_ = list().back();
-            return;
-        }
+    void top_p_whole(double p) {
         int64_t mass[kBuckets];
         const int64_t need = need_of(p, fill_buckets(mass));
-        cut_ = cut_of(mass, need);
-        list().clear();
-        const F bound = x_[O::index(cut_)];
-        int64_t blocks = 0;
-        for (const F m : s_.template maxima<F>()) blocks += m >= bound;
-        if (blocks > 64) return;  // too many for a list: the draw reads the row again, with the cut
-        collect(bound, list());
-        auto& keys = list();
-        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k < cut_; }), keys.end());
-        have_list_ = true;
-        sorted_ = false;
+        keep_from(cut_of(mass, need));
     }
 
-    void min_p(double log_min_p) {
-        log_min_p_ = log_min_p;
-        if (!have_list_ || log_min_p == -INFINITY) return;
-        auto& keys = list();
-        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return !(z_of(k) >= log_min_p); }), keys.end());
+    void top_h(double share) {
+        const Moments all = moments();
+        auto part = [&](const Moments& m) {
+            return static_cast<double>(m.mass) * all.log_total + static_cast<double>(m.moment);
+        };
+        const double most = share * part(all);
+        make_list();
+        const int64_t size = static_cast<int64_t>(list().size());
+        int64_t length = prefix(
+            Moments{},
+            [&](Moments& sum, const F* x, int64_t count) {
+                int64_t weight[kChunk], moment[kChunk];
+                weigh_moments<F>(x, count, top_, temperature_, weight, moment);
+                for (int64_t j = 0; j < count; ++j) sum.mass += weight[j], sum.moment += moment[j];
+            },
+            [&](const Moments& sum) { return part(sum) > most; });
+        // The token that goes beyond the limit goes, unless the whole list stayed within it.
+        if (length < size || part(all) > most) --length;
+        list().resize(length < 1 ? 1 : length);
     }
 
-    bool keeps(F x, uint32_t i) const { return O::key(x, i) >= cut_ && z_of(x) >= log_min_p_; }
+    void typical(double p) {
+        const Moments all = moments();
+        make_list();
+        auto& found = s_.distances;
+        found.clear();
+        for (const Key k : list()) {
+            const double z = z_of(k);
+            found.push_back({std::fabs((all.log_total - z) - all.entropy), noise_weight(z)});
+        }
+        const int64_t need = need_of(p, all.mass);
+        auto nearer = [](const Distance& a, const Distance& b) { return a.distance < b.distance; };
+        int64_t low = 0, high = static_cast<int64_t>(found.size()), sum = 0;
+        while (high - low > 64) {
+            const int64_t middle = low + (high - low) / 2;
+            std::nth_element(found.begin() + low, found.begin() + middle, found.begin() + high, nearer);
+            int64_t left = sum;
+            for (int64_t j = low; j < middle; ++j) left += found[j].mass;
+            if (left >= need) {
+                high = middle;
+            } else {
+                low = middle;
+                sum = left;
+            }
+        }
+        std::sort(found.begin() + low, found.begin() + high, nearer);
+        while (low < high && (sum += found[low].mass) < need) ++low;
+        const double last = found[low < high ? low : high - 1].distance;
+        auto& keys = list();
+        keys.erase(std::remove_if(keys.begin(), keys.end(),
+                                  [&](Key k) { return !(std::fabs((all.log_total - z_of(k)) - all.entropy) <= last); }),
+                   keys.end());
+        renew_top();
+    }
+
+    void renew_top() { top_ = static_cast<double>(x_[index(first())]); }
+
+    void xtc(const Settings& set) {
+        const double p = set.xtc_probability;
+        const bool expected = (set.rules & kXtcExpected) != 0;
+        if (!expected) {
+            Place at = at_;
+            at.purpose = kPurposeXtc;
+            if (!(static_cast<double>(uniform64(at, 0, leading16(at, 0)) >> 11) * 0x1p-53 < p)) return;
+        }
+        const int64_t all = total();
+        const double log_sum = log_of(all);
+        make_list();
+        Key last = ~Key{0};  // the least probable of the likely
+        int64_t likely = 0;
+        for (const Key k : list()) {
+            if (!(z_of(k) - log_sum >= set.log_xtc_threshold)) continue;
+            ++likely;
+            last = k < last ? k : last;
+        }
+        if (likely < 2) return;
+        if (expected && p < 1.0) {
+            int64_t gone = 0;
+            for (const Key k : list())
+                if (k > last) gone += noise_weight(z_of(k));
+            const double sum = static_cast<double>(all), stays = 1.0 - p;
+            mixed_ = last;
+            shift_ = noise_log(stays);
+            rest_ = noise_log(stays + p / ((sum - static_cast<double>(gone)) / sum));
+            return;
+        }
+        auto& keys = list();
+        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k > last; }), keys.end());
+        renew_top();
+    }
+
+    void mirostat(const Settings& set, int64_t row) {
+        mu_ = job_.state[row];
+        if (mu_ != mu_) mu_ = 2.0 * set.mirostat_tau;
+        steered_ = true;
+        const double log_sum = log_total(), mu = mu_;
+        keep_where([&](double z) { return (log_sum - z) * kLog2E <= mu; });
+    }
+
+    // In bits, in the distribution from which it was drawn.
+    double surprise_of(Key drawn) const { return (log_total() - final_z(drawn)) * kLog2E; }
+
+    // z after XTC by expectation.
+    double final_z(Key k) const { return z_of(k) + (k > mixed_ ? shift_ : rest_); }
+
+    // ---- the draw ----
 
     // Score, then the lower id, which is the lower index.
     struct Best {
@@ -490,38 +717,35 @@ class Chain {
         }
     };
 
-    Key draw_list(const Place& at) const {
-        const auto& keys = s_.template keys<Key>();
+    Key draw_list() const {
         Best best;
-        for (const Key k : keys) {
-            const uint32_t index = O::index(k), id = id_of(index);
-            const double z = z_of(x_[index]);
+        for (const Key k : list()) {
+            const uint32_t i = index(k), id = id_of(i);
+            const double z = final_z(k);
             if (z + 45.1 < best.score) continue;
-            const uint32_t high = leading16(at, id);
+            const uint32_t high = leading16(at_, id);
             if (z + gumbel_bound(high) + 1e-6 < best.score) continue;
-            best.offer(z + gumbel_from_bits(uniform64(at, id, high)), index);
+            best.offer(z + gumbel_from_bits(uniform64(at_, id, high)), i);
         }
-        return O::key(x_[best.index], best.index);
+        return key(x_[best.index], best.index);
     }
 
-    Key draw_all(const Place& at) {
-        run_.set_key(at.key);
-        run_.set_row(at.position, at.completion, at.purpose);
+    Key draw_all() {
+        run_.set_key(at_.key);
+        run_.set_row(at_.position, at_.completion, at_.purpose);
         Best best;
-        const F* maxima = s_.template maxima<F>().data();
         const uint32_t first = argmax();  // a good score early lets most others go unread
-        best.offer(0.0 + gumbel(at, id_of(first)), first);
+        if (key(x_[first], first) >= cut_) best.offer(0.0 + gumbel(at_, id_of(first)), first);
+        const F* m = maxima().data();
         for (int64_t b = 0; b < block_count(); ++b) {
-            const double z_top = z_of(maxima[b]);
-            if (z_top + 45.1 < best.score || !(z_top >= log_min_p_)) continue;
-            if (O::key(maxima[b], 0) < cut_) continue;
-            draw_block(at, b, best);
+            if (z_of(m[b]) + 45.1 < best.score || (least_of(m[b]) | 0xFFFFFFFFu) < cut_) continue;
+            draw_block(at_, b, best);
         }
-        return O::key(x_[best.index], best.index);
+        return key(x_[best.index], best.index);
     }
 
     void try_one(const Place& at, uint32_t index, uint32_t high, Best& best) const {
-        if (!keeps(x_[index], index)) return;
+        if (!(x_[index] > -INFINITY) || key(x_[index], index) < cut_) return;
         const double z = z_of(x_[index]);
         if (z + gumbel_bound(high) + 1e-6 < best.score) return;
         best.offer(z + gumbel_from_bits(uniform64(at, id_of(index), high)), index);
@@ -570,75 +794,70 @@ class Chain {
         for (; i < end; ++i) try_one(at, i, lanes[i - begin], best);
     }
 
-    // Everything that was asked for beside the token.
-    void finish(int64_t row, Key drawn, bool greedy, Result& out) {
-        const uint32_t index = O::index(drawn);
-        out.token = id_of(index);
+    // ---- everything that was asked for beside the token ----
+
+    void finish(int64_t row, Key drawn, Result& out) {
+        const uint32_t at = index(drawn);
+        out.token = id_of(at);
         const int need = job_.need;
         if (need == 0) return;
         if (need & kNeedRank) out.rank = rank_of(drawn);
         if (need & kNeedKept) {
-            if (!have_list_) {
-                collect(-INFINITY, list());
-                auto& keys = list();
-                keys.erase(std::remove_if(keys.begin(), keys.end(),
-                                          [&](Key k) { return !(k >= cut_ && z_of(k) >= log_min_p_); }),
-                           keys.end());
-                have_list_ = true;
-                sorted_ = false;
-            }
+            make_list();
             sort_list();
-            for (const Key k : list()) out.kept.push_back(id_of(O::index(k)));
+            for (const Key k : list()) out.kept.push_back(id_of(index(k)));
         }
-        if (need & (kNeedLogprob | kNeedTemperature | kNeedMass | kNeedEntropy)) probabilities(index, greedy, out);
+        if (need & (kNeedLogprob | kNeedEntropy)) final_odds(drawn, out);
+        if (need & (kNeedTemperature | kNeedMass | kNeedTemperatureEntropy)) warm_odds(drawn, out);
         if (need & kNeedRaw) raw(row, out);
     }
 
     int64_t rank_of(Key drawn) const {
         int64_t count = 0;
-        const F* maxima = s_.template maxima<F>().data();
         for (int64_t b = 0; b < block_count(); ++b) {
-            if (O::key(maxima[b], 0) < drawn) continue;
-            for (int64_t i = b * kBlock; i < block_end(b); ++i) count += O::key(x_[i], static_cast<uint32_t>(i)) > drawn;
+            if ((least_of(maxima()[b]) | 0xFFFFFFFFu) < drawn) continue;
+            for (int64_t i = b * kBlock; i < block_end(b); ++i) count += key(x_[i], static_cast<uint32_t>(i)) > drawn;
         }
         return count;
     }
 
-    void probabilities(uint32_t index, bool greedy, Result& out) const {
-        const double z = z_of(x_[index]);
-        double kept = 0, moment = 0, all = 0;
-        auto add = [&](double zi) {
-            const double e = noise_exp(zi);
-            kept += e;
-            if (e > 0 && zi > -700.0) moment += e * zi;
-        };
-        if (greedy) {
-            kept = all = 1;
+    void final_odds(Key drawn, Result& out) const {
+        Sums sums;
+        if (mixed_ != ~Key{0}) {
+            for (const Key k : list()) sums.add(final_z(k));
         } else {
-            if (have_list_)
-                for (const Key k : s_.template keys<Key>()) add(z_of(k));
-            else
-                for (int64_t i = 0; i < n_; ++i)
-                    if (keeps(x_[i], static_cast<uint32_t>(i))) add(z_of(x_[i]));
-            if (job_.need & (kNeedTemperature | kNeedMass)) {
-                all = sum_exp<F>(x_, n_, wide_max_, temperature_);
-            }
+            for_kept([&](const F* x, int64_t count) { sum_exps<F>(x, count, top_, temperature_, sums); });
         }
-        out.logprob = z - std::log(kept);
-        out.temperature = z - std::log(all);
-        out.mass = kept / all;
-        out.entropy = std::log(kept) - moment / kept;
+        out.logprob = final_z(drawn) - std::log(sums.mass);
+        out.entropy = std::log(sums.mass) - sums.moment / sums.mass;
+    }
+
+    void warm_odds(Key drawn, Result& out) const {
+        if (greedy_) {
+            out.temperature = out.temperature_entropy = 0.0;
+            out.mass = 1.0;
+            return;
+        }
+        Sums all, kept;
+        sum_exps<F>(x_, n_, wide_max_, temperature_, all);
+        if (job_.need & kNeedMass)
+            for_kept([&](const F* x, int64_t count) { sum_exps<F>(x, count, wide_max_, temperature_, kept); });
+        const double z = (static_cast<double>(x_[index(drawn)]) - wide_max_) / temperature_;
+        out.temperature = z - std::log(all.mass);
+        out.mass = kept.mass / all.mass;
+        out.temperature_entropy = std::log(all.mass) - all.moment / all.mass;
     }
 
     void raw(int64_t row, Result& out) const {
-        auto& values = s_.template raw<F>();
+        auto& values = s_.template buffers<F>().raw;
         values.resize(in_.vocabulary);
         widen<F>(in_, in_.data + row * in_.row_bytes, values.data());
         F top = -INFINITY;
         for (const F v : values) top = v > top ? v : top;
         const double m = static_cast<double>(top);
-        const double sum = sum_exp<F>(values.data(), in_.vocabulary, m, 1.0);
-        out.raw = static_cast<double>(values[out.token]) - m - std::log(sum);
+        Sums all;
+        sum_exps<F>(values.data(), in_.vocabulary, m, 1.0, all);
+        out.raw = static_cast<double>(values[out.token]) - m - std::log(all.mass);
     }
 
     const Logits& in_;
@@ -647,11 +866,15 @@ class Chain {
     const F* x_ = nullptr;
     const int64_t* ids_ = nullptr;
     int64_t n_ = 0;
+    uint32_t flip_ = 0xFFFFFFFFu;
     F max_ = 0;
-    double wide_max_ = 0, temperature_ = 1, log_min_p_ = -INFINITY;
+    double wide_max_ = 0, top_ = 0, temperature_ = 1, mu_ = 0;
     Key cut_ = 0;
+    Key mixed_ = ~Key{0};  // keys above it pay `shift_`, the others get `rest_`
+    double shift_ = 0, rest_ = 0;
+    Place at_{};
     Run run_;  // of the draw
-    bool have_list_ = false, sorted_ = false;
+    bool have_list_ = false, sorted_ = false, greedy_ = false, steered_ = false;
 };
 
 int run_row(const Logits& in, const Job& job, Scratch& scratch, int64_t row, Result& out) {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from twodice.kernels.sampling import NEEDS
-from twodice.sampling.params import FIELDS
+from twodice.kernels.sampling_settings import NEEDS
+from twodice.sampling.fields import FIELDS
 
 FOLDER = Path(__file__).parents[2] / "docs" / "contracts"
 # Page, letter of its rules, number of its first rule, and a right value with a wrong one to put in its place.

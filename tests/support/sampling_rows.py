@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twodice.errors import ConfigError
+from twodice.sampling.fields import FIELDS
 from twodice.sampling.params import SamplingParams
+from twodice.sampling.profiles import ORDER, PROFILES, SWITCH
 
 KINDS = (
     "normal", "flat", "peaked", "ties", "all equal", "one finite", "all -inf", "nan", "+inf", "gaps",
@@ -72,38 +75,137 @@ def batch(number: int, rows: int, vocabulary: int) -> Tensor:
     return logits
 
 
+FILTERS: dict[str, list[object]] = {
+    "top_n_sigma": [0.0, 0.5, 1.0, 3.0, 1e6],
+    "top_k": [0, -1, 1, 2, 5, 50],
+    "top_p": [0.0, 0.1, 0.5, 0.95, 0.999999, 1.0],
+    "min_p": [0.0, 1e-9, 0.05, 0.5, 1.0],
+    "top_h": [0.0, 0.1, 0.5, 0.9, 1.0],
+    "typical_p": [0.0, 0.2, 0.6, 0.95, 1.0],
+    "epsilon_cutoff": [0.0, 1e-12, 3e-4, 0.1, 0.9],
+    "eta_cutoff": [0.0, 1e-12, 3e-4, 0.1, 0.9],
+    "xtc_probability": [0.0, 0.3, 0.7, 1.0],
+    "mirostat_tau": [0.5, 3.0, 8.0],
+}
+EDITS: dict[str, list[object]] = {
+    "repetition_penalty": [1.0, 1.3, 0.5, 1e6],
+    "presence_penalty": [0.0, 0.7, -2.0, 1e6],
+    "frequency_penalty": [0.0, 0.3, -1.5],
+    "no_repeat_ngram_size": [0, 1, 2, 3, 7],
+    "dry_multiplier": [0.0, 0.8, 1e6],
+}
+
+
 def settings(number: int, rows: int, vocabulary: int) -> list[SamplingParams]:
-    """One SamplingParams a row, many at the edges of their intervals."""
+    """One SamplingParams a row, many at the edges of their intervals; `history` and `state` go with them."""
     generator = np.random.default_rng((number, vocabulary, 1))
-    found = []
-    for _ in range(rows):
-        bias = allowed = None
-        if generator.random() < 0.2:
-            ids = generator.integers(vocabulary, size=min(vocabulary, 5))
-            bias = {int(i): float(generator.choice([-np.inf, 5.0, -2.5, 0.1, 1e30])) for i in ids}
-        if generator.random() < 0.2:
-            allowed = [
-                int(i) for i in generator.integers(vocabulary, size=generator.integers(1, vocabulary + 1))
-            ]
-        found.append(
-            SamplingParams(
-                temperature=float(generator.choice([0.0, 1e-6, 0.7, 1.0, 1.0, 1.3, 1e6, 1e-300])),
-                top_k=[None, 0, -1, 1, 2, 5, 50, vocabulary, vocabulary + 1][generator.integers(9)],
-                top_p=[None, 0.0, 0.1, 0.5, 0.95, 0.999999, 1.0][generator.integers(7)],
-                min_p=[None, None, 0.0, 1e-9, 0.05, 0.5, 1.0][generator.integers(7)],
-                repetition_penalty=[None, None, 1.0, 1.3, 0.5, 1e6][generator.integers(6)],
-                logit_bias=bias,
-                allowed_tokens=allowed,
-                seed=int(generator.integers(2**62)),
-            )
-        )
-    return found
+    return [_setting(generator, vocabulary) for _ in range(rows)]
+
+
+def _some(generator: np.random.Generator, vocabulary: int, most: int) -> list[int]:
+    return [int(i) for i in generator.integers(vocabulary, size=generator.integers(1, most + 1))]
+
+
+def _setting(generator: np.random.Generator, vocabulary: int) -> SamplingParams:
+    def chance(p: float) -> bool:
+        return bool(generator.random() < p)
+
+    def pick(values: list[object]) -> object:
+        return values[generator.integers(len(values))]
+
+    found: dict[str, object] = {"seed": int(generator.integers(2**62))}
+    found["temperature"] = pick([0.0, 1e-6, 0.7, 1.0, 1.0, 1.0, 1.3, 1e6, 1e-300])
+    share = pick([0.15, 0.15, 0.4])  # of the filters that are on
+    for name, values in FILTERS.items():
+        if chance(share):  # type: ignore[arg-type]
+            found[name] = pick(values)
+    if chance(0.1):
+        found["top_k"] = pick([vocabulary - 1, vocabulary, vocabulary + 1])
+    if chance(0.15) and found["temperature"] != 0:
+        found |= {
+            "dynatemp_range": pick([0.0, 0.3, 0.7, 5.0]),
+            "dynatemp_exponent": pick([None, 0.0, 0.5, 3.0]),
+        }
+    if "xtc_probability" in found:
+        found["xtc_threshold"] = pick([None, 1e-9, 0.01, 0.3])
+    if "mirostat_tau" in found:
+        found["mirostat_eta"] = pick([None, 0.0, 1.0])
+    for name, values in EDITS.items():
+        if chance(0.15):
+            found[name] = pick(values)
+    if any(name.endswith("_penalty") for name in found) and chance(0.5):
+        found["penalty_range"] = pick([1, 3, 64])
+    if "dry_multiplier" in found:
+        found |= {"dry_base": pick([None, 1.0, 3.0]), "dry_allowed_length": pick([None, 1, 3]),
+                  "dry_range": pick([None, 2, 9])}  # fmt: skip
+        if chance(0.5):
+            found["dry_breakers"] = _some(generator, vocabulary, 3)
+    if chance(0.2):
+        found["logit_bias"] = {
+            i: float(generator.choice([-np.inf, 5.0, -2.5, 0.1, 1e30]))
+            for i in _some(generator, vocabulary, 5)
+        }
+    if chance(0.2):
+        found["allowed_tokens"] = _some(generator, vocabulary, vocabulary)
+    if chance(0.2):
+        banned = set(_some(generator, vocabulary, 5)) - set(found.get("allowed_tokens", ())[:1])  # type: ignore[index]
+        if banned:
+            found["banned_tokens"] = banned
+    if chance(0.2):
+        found |= {"min_tokens": pick([0, 1, 8, 30]), "stop_tokens": _some(generator, vocabulary, 3)}
+    if chance(0.2):
+        found["order"] = tuple(ORDER[i] for i in generator.permutation(len(ORDER)))
+    elif chance(0.25):
+        found["profile"] = pick(list(PROFILES))
+        engine = PROFILES[found["profile"]]  # type: ignore[index]
+        served = {SWITCH[name] for name in engine.order} | engine.settings
+        for name in list(found):
+            known = name in served or set(FIELDS[name].needs) & served
+            if not known and (
+                name in FILTERS or name in EDITS or FIELDS[name].needs or name == "dynatemp_range"
+            ):
+                if name != "stop_tokens":
+                    del found[name]
+        if "mirostat_tau" in found and found["profile"] == "llama.cpp":
+            for name in FILTERS:
+                if name != "mirostat_tau":
+                    found.pop(name, None)
+            found.pop("xtc_threshold", None)
+        if not any(name.endswith("_penalty") for name in found):
+            found.pop("penalty_range", None)
+    if found.get("xtc_probability"):
+        try:
+            return SamplingParams(**found, xtc_by_expectation=chance(0.5))  # type: ignore[arg-type]
+        except ConfigError:  # something comes behind it
+            pass
+    return SamplingParams(**found)  # type: ignore[arg-type]
 
 
 def history(number: int, rows: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, offsets, prompt_lengths) of rows with 0 to 20 tokens, repeats among them."""
+    """(ids, offsets, prompt_lengths) of rows with 0 to 40 tokens, many of them repeats."""
     generator = np.random.default_rng((number, vocabulary, 2))
-    lengths = generator.integers(0, 21, size=rows)
-    ids = torch.from_numpy(generator.integers(vocabulary, size=int(lengths.sum())))
+    lengths = generator.integers(0, 41, size=rows)
+    few = min(vocabulary, int(generator.choice([2, 5, vocabulary])))
+    ids = torch.from_numpy(generator.integers(few, size=int(lengths.sum())))
     offsets = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int64))
-    return ids, offsets, torch.zeros(rows, dtype=torch.int64)
+    return ids, offsets, torch.from_numpy(generator.integers(0, lengths + 1))
+
+
+def mask(number: int, rows: int, vocabulary: int) -> Tensor | None:
+    """A packed mask for every fourth number, with words of all ones and all zeros among its own."""
+    if number % 4:
+        return None
+    generator = np.random.default_rng((number, vocabulary, 3))
+    words = generator.integers(-(2**31), 2**31, size=(rows, (vocabulary + 31) // 32))
+    words[generator.random(words.shape) < 0.4] = -1
+    words[generator.random(words.shape) < 0.3] = 0
+    return torch.from_numpy(words.astype(np.int32))
+
+
+def state(number: int, rows: int, vocabulary: int) -> Tensor | None:
+    """Mirostat's mu for some numbers, a new start in some rows."""
+    if number % 3 == 0:
+        return None
+    generator = np.random.default_rng((number, vocabulary, 4))
+    mu = generator.choice([np.nan, -1.0, 0.5, 4.0, 30.0], size=rows)
+    return torch.from_numpy(mu)

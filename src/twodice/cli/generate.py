@@ -1,7 +1,7 @@
 """`twodice generate`: continue a prompt, say the seed, and show on request how each token came to be drawn.
 
 The text goes to stdout as it comes; where the settings came from, the seed and the command that gives the
-same output again go to stderr. Ranges and help texts are those of `twodice.sampling.params.FIELDS`.
+same output again go to stderr. Ranges and help texts are those of `twodice.sampling.fields.FIELDS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twodice.sampling.params import FIELDS
+from twodice.sampling.fields import FIELDS
 
 if TYPE_CHECKING:
     from twodice.generation.requests import Completion, TokenRecord
@@ -190,12 +190,11 @@ def settle(
     values: dict[str, Any] = {"seed": given.get("seed")}
     origin: dict[str, str] = {}
     for name in _CHAIN:
-        generation = FIELDS[name].generation
         if name in given:
             values[name], origin[name] = given[name], _flag(name)
         elif greedy and name != "repetition_penalty":
             values[name], origin[name] = (0.0 if name == "temperature" else None), "--greedy"
-        elif generation in written and written[generation] is not None:
+        elif written.get(name) is not None:
             values[name], origin[name] = getattr(defaults, name), "generation_config.json"
         else:
             values[name], origin[name] = getattr(SamplingParams(), name), "neutral"

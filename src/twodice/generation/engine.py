@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class _Sequence:
     records: list[TokenRecord] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     reason: FinishReason | None = None
+    state: float = math.nan  # mirostat's
 
     @property
     def position(self) -> int:
@@ -320,11 +322,13 @@ class _Batch:
             torch.tensor([one.position for one in live]),
             history=self._history(),
             completion=torch.tensor([one.completion for one in live]),
+            state=torch.tensor([one.state for one in live], dtype=torch.float64),
             need=("raw_logprob",),
             on_bad_row="raise",
         )
         assert drawn.raw_logprob is not None, "it was asked for"
         tokens, logprobs = drawn.tokens.tolist(), drawn.raw_logprob.tolist()
+        states = [math.nan] * len(live) if drawn.state is None else drawn.state.tolist()
         for row, one in enumerate(live):
             if one.request.explain:
                 record = explain(
@@ -340,6 +344,7 @@ class _Batch:
                 assert record.token == tokens[row], "a row explained alone draws what it drew in the batch"
                 one.records.append(record)
             one.logprobs.append(logprobs[row])
+            one.state = states[row]
             piece = one.take(tokens[row], tokens[row] in self.engine.end_ids)
             if piece and self.on_text is not None:
                 self.on_text(one.request_index, one.completion, piece)
@@ -349,7 +354,7 @@ class _Batch:
 
     def _history(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The sequences so far for the stages that look at them, or None where no row has such a stage."""
-        if not any(one.params.repetition_penalty not in (None, 1.0) for one in self.live):
+        if not any(one.params.needs_history for one in self.live):
             return None
         ids = [token for one in self.live for token in (*one.prompt, *one.tokens)]
         offsets = torch.tensor([0] + [one.position for one in self.live]).cumsum(0)

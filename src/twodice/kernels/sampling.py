@@ -96,9 +96,7 @@ def native(
         one_at,
         which,
         one_which,
-        (0, 0, 0)
-        if past is None
-        else (past.ids.data_ptr(), past.offsets.data_ptr(), _pointer(past.prompts)),
+        (0, 0, 0) if past is None else (past.ids.data_ptr(), past.offsets.data_ptr(), _pointer(past.prompts)),
         _pointer(mask),
         0 if mask is None else mask.stride(0),
         _pointer(moved),

@@ -29,7 +29,7 @@ UNIT = float(1 << noise.WEIGHT_BITS)
 SIGMA_UNIT = float(1 << 20)
 """Fixed-point digits of a logit's distance to the top in top-n-sigma."""
 SIGMA_LOW = -1024.0
-"""Distances beyond this one count as this one: a token that far away is no part of the noise of the logits."""
+"""Distances beyond this one count as this one: a token that far away is no part of the logits' noise."""
 
 
 @dataclass
@@ -41,7 +41,9 @@ class _Rows:
     end: Tensor
     temperature: Tensor  # 0 once the row is greedy: one token is kept, and nothing is drawn
     alive: Tensor  # tokens that the edits left
-    dropped: Tensor  # the first `dropped` of the range pay `shift`, the others get `rest` (XTC by expectation)
+    dropped: (
+        Tensor  # the first `dropped` of the range pay `shift`, the others get `rest` (XTC by expectation)
+    )
     shift: Tensor
     rest: Tensor
     state: Tensor
@@ -324,7 +326,7 @@ def reference(
     alive = _count(wide > -torch.inf)
     start = number + torch.nan if state is None else state.to(device, torch.float64)[:, None].clone()
     at = _Rows(wide, column.clone(), alive.clone(), number + 1.0, alive, column.clone(), number.clone(),
-               number.clone(), start)  # fmt: skip
+               number.clone(), start.clone())  # fmt: skip
     _run(at, rows, noise.coin(position, completion, noise.PURPOSE_XTC, keys)[:, None])
     # 11: the draw
     z = at.z()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from twodice.errors import ConfigError
@@ -38,11 +38,12 @@ class Field:
         return above and below
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bound(text: str) -> float:
     if "^" in text:
         sign = -1 if text.startswith("-") else 1
-        return sign * int(text.lstrip("-").split("^")[0]) ** int(text.split("^")[1])
+        base, power = text.lstrip("-").split("^")
+        return float(sign * int(base) ** int(power))
     return float(text)
 
 
@@ -85,7 +86,7 @@ FIELDS: dict[str, Field] = {
         Field("mirostat_eta", float, "[0, 1e3]", None,
               "how fast mirostat steers", 0.1, ("mirostat_tau",)),
         Field("repetition_penalty", float, "[1e-6, 1e6]", 1.0,
-              "tokens of the sequence, prompt included: positive logits are divided by it, others multiplied"),
+              "tokens of the sequence, prompt too: positive logits are divided by it, others multiplied"),
         Field("presence_penalty", float, "[-1e6, 1e6]", 0.0,
               "taken from the logit of each token that the text (not the prompt) has"),
         Field("frequency_penalty", float, "[-1e6, 1e6]", 0.0,
@@ -115,9 +116,9 @@ FIELDS: dict[str, Field] = {
         Field("stop_tokens", "ids", "[0, 2^32)", None,
               "the token ids that end a text, for min_tokens", None, ("min_tokens",)),
         Field("order", "names", "", None,
-              "the stages from temperature to mirostat in the order in which they run; None is the contract's"),
+              "the stages from temperature to mirostat as they are to run; None is the contract's order"),
         Field("profile", "names", "", None,
-              "the engine whose order, tie and crossing rules hold: hf, vllm, llama.cpp, sglang; None is ours"),
+              "the engine whose order and tie rules hold: hf, vllm, llama.cpp, sglang; None is ours"),
         Field("seed", int, "[-2^63, 2^64)", None,
               "names the noise; None takes a new one from the operating system and returns it"),
     )

@@ -52,9 +52,7 @@ _UNSERVED: dict[str, Any] = {
 }
 
 
-def from_generation_config(
-    config: Mapping[str, Any] | Any, *, seed: int | None = None
-) -> SamplingParams:
+def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None = None) -> SamplingParams:
     """Read the sampling fields of a ``generation_config.json`` (a mapping, or transformers' object).
 
     ``do_sample`` false, also where it is missing, means temperature 0. A missing or null ``top_k`` is *off*

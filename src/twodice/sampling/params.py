@@ -236,7 +236,9 @@ def _refuse_contradictions(params: SamplingParams) -> None:
     if params.greedy and not is_off("dynatemp_range", params.dynatemp_range):
         raise ConfigError("temperature=0 takes the first argmax; drop dynatemp_range, or give a temperature")
     if not is_off("min_tokens", params.min_tokens) and params.stop_tokens is None:
-        raise ConfigError("min_tokens holds stop_tokens back, and there are none; give them, or drop min_tokens")
+        raise ConfigError(
+            "min_tokens holds stop_tokens back, and there are none; give them, or drop min_tokens"
+        )
     if params.allowed_tokens is not None and params.banned_tokens is not None:
         if set(params.allowed_tokens) <= set(params.banned_tokens):
             raise ConfigError("banned_tokens bans every one of allowed_tokens; drop one of the two")
@@ -244,8 +246,8 @@ def _refuse_contradictions(params: SamplingParams) -> None:
         behind = params.stages[params.stages.index("xtc") + 1 :]
         if behind:
             raise ConfigError(
-                "xtc_by_expectation mixes two distributions, which no later stage can filter as one; drop it, "
-                f"or drop {SWITCH[behind[0]]}"
+                "xtc_by_expectation mixes two distributions, which no later stage can filter as one; "
+                f"drop it, or drop {SWITCH[behind[0]]}"
             )
     if params.profile is None:
         return

@@ -93,7 +93,9 @@ PROFILES: dict[str, Profile] = {
 def profile(name: str) -> Profile:
     """The profile of this name, or an error with the nearest."""
     if name not in PROFILES:
-        raise ConfigError(f"profile must be one of {', '.join(PROFILES)}; got {name!r}{nearest(name, PROFILES)}")
+        raise ConfigError(
+            f"profile must be one of {', '.join(PROFILES)}; got {name!r}{nearest(name, PROFILES)}"
+        )
     return PROFILES[name]
 
 
@@ -102,13 +104,15 @@ def check_order(order: Iterable[str], active: Iterable[str]) -> tuple[str, ...]:
     found = tuple(order)
     for name in found:
         if name not in ORDER:
-            raise ConfigError(f"order names stages, {', '.join(ORDER)}; got {name!r}{nearest(str(name), ORDER)}")
+            raise ConfigError(
+                f"order names stages, {', '.join(ORDER)}; got {name!r}{nearest(str(name), ORDER)}"
+            )
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
         raise ConfigError(f"order must name each stage once; got {', '.join(twice)} twice: drop one")
     missing = [name for name in active if name not in found]
     if missing:
         raise ConfigError(
-            f"order must name every stage that is on; {', '.join(missing)} is missing: add it, or switch it off"
+            f"order must name every stage that is on; {', '.join(missing)} is missing: add it, or drop it"
         )
     return found

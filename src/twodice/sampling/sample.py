@@ -1,7 +1,7 @@
 """`sample`: from logits and settings to tokens, and the policy for rows that cannot be served.
 
-The file knows seeds, coordinates and policies; settings become programs in ``twodice.sampling.chain``, and the
-chain itself is in ``twodice.kernels.sampling``.
+The file knows seeds, coordinates and policies; settings become programs in ``twodice.sampling.chain``, and
+the chain itself is in ``twodice.kernels.sampling``.
 
 Letters: R rows, V vocabulary.
 """

@@ -14,7 +14,7 @@ from tests.support import sampling_rows
 
 import twodice
 from twodice.kernels import dispatch
-from twodice.kernels.sampling import NEEDS
+from twodice.kernels.sampling_settings import NEEDS
 
 native = dispatch.native
 pytestmark = pytest.mark.skipif(native is None, reason="no native module")

@@ -10,12 +10,12 @@ import torch
 from tests.support import sampling_rows
 
 from twodice.kernels import dispatch
-from twodice.kernels.sampling import NEEDS, Sampled
+from twodice.kernels.sampling_settings import NEEDS, Sampled
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
 NATIVE = dispatch.native
-FLOATS = ("logprob", "raw_logprob", "temperature_logprob", "kept_mass", "entropy")
+FLOATS = tuple(name for name in NEEDS if name not in ("rank", "kept"))
 VOCABULARIES = (1, 7, 8, 129, 130, 257, 1000)
 
 pytestmark = pytest.mark.skipif(NATIVE is None, reason="no native module to compare with")
@@ -53,6 +53,8 @@ def assert_equal(a: Sampled, b: Sampled) -> None:
     assert torch.equal(a.rank, b.rank)
     assert torch.equal(a.kept[0], b.kept[0]) and torch.equal(a.kept[1], b.kept[1])
     assert a.seeds == b.seeds
+    assert (a.state is None) == (b.state is None)
+    assert a.state is None or torch.equal(a.state.nan_to_num(-1e9), b.state.nan_to_num(-1e9))
     for name in FLOATS:  # sums of up to V terms in another order; everything that decides is an integer
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-11, atol=1e-11, equal_nan=True)
 
@@ -70,6 +72,8 @@ def compare(number: int) -> int:
             position,
             completion=completion,
             history=sampling_rows.history(number, rows, vocabulary),
+            allowed_mask=sampling_rows.mask(number, rows, vocabulary),
+            state=sampling_rows.state(number, rows, vocabulary),
         )
     )
     return rows

@@ -8,7 +8,8 @@ import pickle
 import pytest
 
 from twodice.errors import ConfigError
-from twodice.sampling.params import FIELDS, SamplingParams
+from twodice.sampling.fields import FIELDS
+from twodice.sampling.params import SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,8 @@ def test_generation_config_writes_every_value_out_and_reads_it_back() -> None:
     written = SamplingParams(temperature=0.8, min_p=0.05).to_generation_config()
     assert written == {
         "do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.05,
-        "repetition_penalty": 1.0,
+        "repetition_penalty": 1.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+        "no_repeat_ngram_size": 0,
     }  # fmt: skip
     back = SamplingParams.from_generation_config(written, seed=3)
     assert (back.temperature, back.top_k, back.top_p, back.min_p, back.seed) == (0.8, 0, 1.0, 0.05, 3)

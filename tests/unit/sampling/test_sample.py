@@ -14,7 +14,7 @@ from transformers import (
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from twodice.errors import ConfigError, RequestError, ShapeError
-from twodice.kernels.sampling import NEEDS, Status
+from twodice.kernels.sampling_settings import NEEDS, Status
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
@@ -200,7 +200,9 @@ def test_kept_sets_and_probabilities_are_those_of_transformers_where_the_meaning
         if min_p:
             chain.append(MinPLogitsWarper(min_p))
         theirs = chain(history, x.clone())
-        params = SamplingParams(temperature, k, p, min_p, penalty, seed=1)
+        params = SamplingParams(
+            temperature=temperature, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty, seed=1
+        )
         ours = sample(x, params, torch.arange(64), history=flat, need=("kept", "logprob"))
         for i in range(64):
             kept = ours.kept[1][ours.kept[0][i] : ours.kept[0][i + 1]]
@@ -218,7 +220,7 @@ def test_kept_sets_and_probabilities_are_those_of_transformers_where_the_meaning
         (lambda x: sample(x, SamplingParams(), [0, 2**32]), RequestError, "position"),
         (lambda x: sample(x, SamplingParams(), [0]), ShapeError, "one a row"),
         (lambda x: sample(x, SamplingParams(), 0, need=("logprobs",)), ConfigError, "did you mean 'logprob'"),
-        (lambda x: sample(x, SamplingParams(allowed_tokens=[9]), 0), RequestError, r"ids in \[0, 9\)"),
+        (lambda x: sample(x, SamplingParams(allowed_tokens=[9]), 0), RequestError, r"in \[0, 9\)"),
         (lambda x: sample(x, SamplingParams(repetition_penalty=2), 0), RequestError, "history"),
         (
             lambda x: sample(x, SamplingParams(repetition_penalty=2), 0, history=([1.5], [0, 1, 1])),

@@ -1,0 +1,166 @@
+// Stages 2 and 3 of the chain on one row of contiguous logits: bias, masks, banned ids, penalties, n-grams, DRY. The twin
+// of src/twodice/kernels/sampling_edit.py. An edit says which block of values it has touched, so that only those maxima
+// are taken again.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "sampling_types.hpp"
+
+namespace twodice {
+
+inline constexpr double kDryMost = 1e30;
+
+template <class F, class Touch>
+class Editor {
+   public:
+    Editor(const Job& job, const Settings& set, Scratch& scratch, int64_t vocabulary, int64_t row, F* x, Touch touch)
+        : job_(job), set_(set), s_(scratch), n_(vocabulary), row_(row), x_(x), touch_(touch) {
+        if (job.past_offsets) {
+            past_ = job.past_ids + job.past_offsets[row];
+            length_ = job.past_offsets[row + 1] - job.past_offsets[row];
+            prompt_ = job.past_prompts ? job.past_prompts[row] : 0;
+        }
+    }
+
+    static bool wanted(const Job& job, const Settings& set) {
+        const bool repeats = set.penalty != 1.0f || set.presence != 0.0f || set.frequency != 0.0f || set.ngram > 0 ||
+                             set.dry_multiplier > 0;
+        return job.mask || set.bias.begin < set.bias.end || set.allowed.begin < set.allowed.end ||
+               set.banned.begin < set.banned.end || set.min_tokens > 0 || (repeats && job.past_offsets);
+    }
+
+    // Everything but the allowed ids, which the caller takes out of the row.
+    void run() {
+        for (int64_t j = set_.bias.begin; j < set_.bias.end; ++j) put(job_.ids[j], x_[job_.ids[j]] + job_.values[j]);
+        if (job_.mask) mask(job_.mask + row_ * job_.mask_stride);
+        ban(set_.banned);
+        const bool counted = job_.past_offsets && job_.past_prompts;
+        if ((counted ? length_ - prompt_ : 0) < set_.min_tokens) ban(set_.stop);
+        if (!past_) return;
+        penalise();
+        ban_ngrams();
+        dry();
+    }
+
+   private:
+    void put(int64_t id, F value) {
+        x_[id] = value;
+        touch_(id);
+    }
+
+    void ban(const List& list) {
+        for (int64_t j = list.begin; j < list.end; ++j) put(job_.ids[j], -INFINITY);
+    }
+
+    void mask(const uint32_t* words) {
+        for (int64_t w = 0; w * 32 < n_; ++w) {
+            const uint32_t bits = words[w];
+            if (bits == 0xFFFFFFFFu) continue;
+            const int64_t begin = w * 32, count = n_ - begin < 32 ? n_ - begin : 32;
+            F* const x = x_ + begin;
+            if (bits == 0)
+                for (int64_t j = 0; j < count; ++j) x[j] = -INFINITY;
+            else
+                for (int64_t j = 0; j < count; ++j) x[j] = (bits >> j) & 1u ? x[j] : static_cast<F>(-INFINITY);
+            touch_(begin);
+        }
+    }
+
+    void penalise() {
+        const int64_t begin = set_.penalty_range > 0 && set_.penalty_range < length_ ? length_ - set_.penalty_range : 0;
+        if (set_.penalty != 1.0f) {
+            const F penalty = static_cast<F>(set_.penalty);
+            auto& seen = s_.seen;
+            seen.resize((n_ + 63) / 64, 0);
+            for (int64_t j = begin; j < length_; ++j) {
+                const int64_t id = past_[j];
+                const uint64_t bit = uint64_t{1} << (id & 63);
+                if (seen[id >> 6] & bit) continue;
+                seen[id >> 6] |= bit;
+                put(id, x_[id] > 0 ? x_[id] / penalty : x_[id] * penalty);
+            }
+            for (int64_t j = begin; j < length_; ++j) seen[past_[j] >> 6] = 0;
+        }
+        if (set_.presence == 0.0f && set_.frequency == 0.0f) return;
+        const F presence = static_cast<F>(set_.presence), frequency = static_cast<F>(set_.frequency);
+        const int64_t from = (set_.rules & kCountPrompt) || prompt_ < begin ? begin : prompt_;
+        auto& counts = s_.counts;
+        counts.resize(std::max<size_t>(counts.size(), static_cast<size_t>(n_)), 0);
+        for (int64_t j = from; j < length_; ++j) ++counts[past_[j]];
+        for (int64_t j = from; j < length_; ++j) {
+            const int64_t id = past_[j];
+            if (counts[id] == 0) continue;
+            put(id, (x_[id] - static_cast<F>(counts[id]) * frequency) - presence);
+            counts[id] = 0;
+        }
+    }
+
+    void ban_ngrams() {
+        const int64_t n = set_.ngram;
+        if (n <= 0 || length_ < n) return;
+        const int64_t* const start = past_ + (length_ - n + 1);
+        for (int64_t j = 0; j + n <= length_; ++j)
+            if (std::equal(start, start + (n - 1), past_ + j)) put(past_[j + n - 1], -INFINITY);
+    }
+
+    bool breaks(int64_t id) const {
+        return std::binary_search(job_.ids + set_.breaker.begin, job_.ids + set_.breaker.end, id);
+    }
+
+    // The repeat that ends at each place is the common beginning of two reversed texts: the Z function of the reversed
+    // history gives all of them in one walk.
+    void dry() {
+        if (!(set_.dry_multiplier > 0)) return;
+        const int64_t n = set_.dry_range > 0 && set_.dry_range < length_ ? set_.dry_range : length_;
+        const int64_t* const end = past_ + length_;
+        auto at = [&](int64_t back) { return end[-1 - back]; };  // 0 is the last token
+        int64_t room = 0;
+        while (room < n && !breaks(at(room))) ++room;
+        if (room == 0) return;
+        auto& z = s_.run;
+        z.assign(static_cast<size_t>(n), 0);
+        auto& longest = s_.counts;
+        longest.resize(std::max<size_t>(longest.size(), static_cast<size_t>(n_)), 0);
+        const int64_t allowed = set_.dry_allowed < 1 ? 1 : set_.dry_allowed;
+        int64_t left = 0, right = 0;
+        for (int64_t i = 1; i < n; ++i) {
+            int64_t length = i < right ? std::min<int64_t>(right - i, z[i - left]) : 0;
+            while (i + length < n && at(length) == at(i + length)) ++length;
+            z[i] = static_cast<int32_t>(length);
+            if (i + length > right) left = i, right = i + length;
+            const int64_t following = at(i - 1), found = length < room ? length : room;
+            if (found >= allowed && found > longest[following] && !breaks(following))
+                longest[following] = static_cast<int32_t>(found);
+        }
+        for (int64_t i = 1; i < n; ++i) {
+            const int64_t following = at(i - 1);
+            if (longest[following] == 0) continue;
+            put(following, x_[following] - static_cast<F>(penalty_of(longest[following])));
+            longest[following] = 0;
+        }
+    }
+
+    double penalty_of(int64_t length) const {
+        double penalty = set_.dry_multiplier;
+        for (int64_t j = set_.dry_allowed; j < length; ++j) {
+            penalty *= set_.dry_base;
+            if (penalty >= kDryMost) return kDryMost;
+            if (set_.dry_base == 1.0) break;
+        }
+        return penalty;
+    }
+
+    const Job& job_;
+    const Settings& set_;
+    Scratch& s_;
+    const int64_t n_, row_;
+    F* const x_;
+    Touch touch_;
+    const int64_t* past_ = nullptr;
+    int64_t length_ = 0, prompt_ = 0;
+};
+
+}  // namespace twodice
