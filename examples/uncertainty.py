@@ -63,6 +63,8 @@ print(f"\noff the training data the draws disagree {off / trained:.1f} times as 
 alone = handle.monte_carlo(model, {"input_ids": asked["no rule"][5:6]}, DRAWS)
 together = handle.monte_carlo(model, {"input_ids": asked["no rule"]}, DRAWS, per_pass=DRAWS)
 difference = float((alone.mean[0] - together.mean[5]).abs().max())
-print(f"one sequence alone or among sixteen, a draw a pass or all in one: largest difference {difference:.0e}")
+print(
+    f"one sequence alone or among sixteen, a draw a pass or all in one: largest difference {difference:.0e}"
+)
 assert difference < 1e-4
 handle.detach()

@@ -224,8 +224,7 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
         if world > 1:
             raise ContractError(
                 f"a step without examples is for one rank; there are {world}, which would all get the same "
-                "masks; enter it "
-                f"with examples={FORMULA}"
+                f"masks; enter it with examples={FORMULA}"
             )
     state.keys_of(draw)  # made here, where no compiler looks on
     in_force: dict[Schedule, int] = {}
@@ -308,7 +307,10 @@ def attach(
         raise ConfigError(f"total_steps must be an integer of 1 or more; got {total_steps!r}")
     for entry in plan.entries:
         if entry.schedule.needs_total and total_steps is None:
-            raise ConfigError(f"{str(entry)!r} depends on the length of the run: pass total_steps to attach")
+            raise ConfigError(
+                f"the length of the run must be known to {str(entry)!r}; got no total_steps; pass it to "
+                "attach, or write whole steps in the plan"
+            )
     found = find(model)
     _refuse_attached(found)
     chosen = _choose(found, plan)
@@ -328,7 +330,10 @@ def _refuse_attached(found: Inventory) -> None:
             for hook in hooks.values():
                 if isinstance(hook, Hook):
                     at = f" (at {path!r})" if path else ""
-                    raise ContractError(f"a model is attached once; this one is already{at}; detach it first")
+                    raise ContractError(
+                        f"a model may be attached once; got one that is attached already{at}; call detach() "
+                        "of the handle that it has, then attach again"
+                    )
 
 
 def _drop_inert(root: nn.Module) -> None:
@@ -360,7 +365,7 @@ def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry, Sch
             if place.name in chosen:
                 raise ConfigError(
                     f"each site must be spoken of once; {str(chosen[place.name][1])!r} and {str(entry)!r} "
-                    f"both reach {place.name!r}"
+                    f"both reach {place.name!r}; narrow one by place or layers, or leave it out"
                 )
             schedule = entry.schedule
             if place.layer is not None:
@@ -371,9 +376,9 @@ def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry, Sch
         twice = f"{own.path}#dropout"
         if own.feeds in chosen and twice in chosen:
             raise ConfigError(
-                f"{str(chosen[own.feeds][1])!r} and {str(chosen[twice][1])!r} reach the same tensor at "
-                f"{own.path!r}; leave "
-                "one out, or narrow 'dropout' by its path"
+                f"each tensor must be spoken of once; {str(chosen[own.feeds][1])!r} and "
+                f"{str(chosen[twice][1])!r} reach the same tensor at {own.path!r}; leave one out, or narrow "
+                "'dropout' by its path"
             )
     return [chosen[place.name] for place in found.places if place.name in chosen]
 
@@ -385,15 +390,16 @@ def _places_of(found: Inventory, entry: Entry) -> list[Place]:
     if not places:
         there = ", ".join(found.kinds) if found.kinds else "none"
         raise ConfigError(
-            f"{entry.kind!r} has no site in {model}; the kinds there are: "
-            f"{there}{nearest(entry.kind, found.kinds)}"
+            f"{entry.kind!r} has no site in {model}; the kinds there are: {there}; write one of these, or "
+            "leave the entry out"
         )
     if entry.place is not None and KINDS[entry.kind].places is None:
         paths = [place.path for place in places]
         places = [p for p in places if p.path == entry.place or p.path.startswith(f"{entry.place}.")]
         if not places:
             what = "nn.Dropout" if entry.kind == "dropout" else "weight"
-            raise ConfigError(f"{entry.target!r} matches no {what} of {model}{nearest(entry.place, paths)}")
+            hint = nearest(entry.place, paths) or f"; a path is such as {paths[0]!r}"
+            raise ConfigError(f"{entry.target!r} matches no {what} of {model}{hint}")
     else:
         if entry.stack is not None:
             places = [place for place in places if place.stack == entry.stack]
@@ -409,7 +415,10 @@ def _places_of(found: Inventory, entry: Entry) -> list[Place]:
         count = 1 + max(place.layer for place in places if place.layer is not None)
         for end in (entry.layers.start, entry.layers.stop):
             if end is not None and not -count <= end <= count:
-                raise ConfigError(f"layers of {model} are 0 to {count - 1}; got {entry.target!r}")
+                raise ConfigError(
+                    f"layers of {model} must be 0 to {count - 1}, or -{count} to -1 from the end; got "
+                    f"{entry.target!r}"
+                )
         # Stacks may differ in depth: a negative number counts from the end of each.
         places = [
             place
@@ -420,7 +429,9 @@ def _places_of(found: Inventory, entry: Entry) -> list[Place]:
             )
         ]
         if not places:
-            raise ConfigError(f"{entry.target!r} names no layer; {model} has {count}")
+            raise ConfigError(
+                f"an entry must name a layer; {entry.target!r} names none of the {count} of {model}"
+            )
     return places
 
 
@@ -436,23 +447,22 @@ def _is_second_use(found: Inventory, place: Place) -> bool:
 
 
 def _warn_of_twins(state: State, share: Handle | nn.Module | None) -> None:
-    shared = share._state if isinstance(share, Handle) else None
-    if isinstance(share, nn.Module):
-        root = unwrap(share)
-        shared = next((s for s in _STATES if s.attached and s.root() is root), None)
-        if shared is None:
+    if share is not None:
+        root = unwrap(share) if isinstance(share, nn.Module) else None
+        shared = share._state if isinstance(share, Handle) else None
+        if root is not None:
+            shared = next((s for s in _STATES if s.root() is root), None)
+        if shared is None or not shared.attached:
             raise ConfigError(
                 f"share must be an attached model or its handle; this {type(share).__name__} is not attached"
             )
-    if shared is not None:
         if shared.seed != state.seed:
             raise ConfigError(f"models that share masks need one seed; got {state.seed} and {shared.seed}")
         return
     if any(other.attached and other.seed == state.seed and other.root() is not None for other in _STATES):
         warnings.warn(
             f"another model is attached with seed {state.seed}: sites of equal name get equal masks; pass "
-            "share=other if "
-            "that is meant, else another seed",
+            "share=other if that is meant, else another seed",
             UserWarning,
             stacklevel=3,
         )

@@ -104,6 +104,11 @@ def monte_carlo(
         raise ContractError("Monte Carlo needs an attached model; this one was detached; call attach again")
     if state.snapshot is not None or state.saved:
         raise ContractError("Monte Carlo must not run inside a step; leave it first")
+    if not any(module is state.root() for module in model.modules()):
+        raise ConfigError(
+            f"the model must be the one that the handle was made for, or hold it; got another "
+            f"{type(model).__name__}; use the handle of its own attach"
+        )
     if not state.sites:
         raise ConfigError("Monte Carlo needs a plan that drops something; its draws would all be equal")
     if per_pass > 1:
