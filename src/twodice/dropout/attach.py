@@ -30,6 +30,7 @@ from twodice.dropout.plan import KINDS, STACKS, DropoutPlan, Entry
 from twodice.dropout.schedules import Constant, Schedule
 from twodice.dropout.sites import Inventory, OwnDropout, Place, find, has_fast_path, unwrap, walk
 from twodice.dropout.step import FORMULA, Snapshot, coordinate, site_key
+from twodice.dropout.wrappers import join
 from twodice.errors import ConfigError, ContractError, nearest
 from twodice.random.thresholds import round_rate
 
@@ -394,11 +395,14 @@ def _places_of(found: Inventory, entry: Entry) -> list[Place]:
             "leave the entry out"
         )
     if entry.place is not None and KINDS[entry.kind].places is None:
-        paths = [place.path for place in places]
-        places = [p for p in places if p.path == entry.place or p.path.startswith(f"{entry.place}.")]
+        # A path names modules, or, where one holds several matrices, one of these (lstm.weight_hh_l0).
+        paths = {place.name: join(place.path, place.extra.get("parameter", "")) for place in places}
+        inside = f"{entry.place}."
+        places = [p for p in places if f"{paths[p.name]}.".startswith(inside)]
         if not places:
             what = "nn.Dropout" if entry.kind == "dropout" else "weight"
-            hint = nearest(entry.place, paths) or f"; a path is such as {paths[0]!r}"
+            known = [path.removesuffix(".weight") for path in paths.values()]
+            hint = nearest(entry.place, known) or f"; a path is such as {known[0]!r}"
             raise ConfigError(f"{entry.target!r} matches no {what} of {model}{hint}")
     else:
         if entry.stack is not None:
