@@ -85,7 +85,9 @@ class Step:
         self.positions = None if positions is None else torch.as_tensor(positions).clone()
 
     def again(self, draw: int) -> Step:
-        """Return the same step with another draw, for a second pass or a second visit of a module."""
+        """Return the same step with another draw (0 or more), for a second pass or a second visit of a
+        module.
+        """
         return Step(self.step, examples=self.examples, positions=self.positions, draw=draw)
 
     def __repr__(self) -> str:
@@ -197,7 +199,30 @@ class Dropout(_Keyed):
 class DropoutAdd(_Keyed):
     """``residual + dropout(x)`` as a module, in one pass over memory; ``residual + x`` in eval mode.
 
-    Parameters, errors and randomness as in `Dropout`: with the same key it drops the same units.
+    Parameters
+    ----------
+    p, key, layout, noise
+        As in `Dropout`.
+
+    Raises
+    ------
+    ConfigError, ContractError
+        As in `Dropout`.
+    ShapeError
+        In a forward in train mode whose residual has not the shape and dtype of `x`.
+
+    Notes
+    -----
+    *Randomness.* As in `Dropout`: with the same key it drops the same units.
+
+    Vaswani et al. 2017, section 5.4: what a sublayer gives is dropped and then added to its input.
+
+    Examples
+    --------
+    >>> import torch, twodice.nn
+    >>> layer = twodice.nn.DropoutAdd(0.5, key=7)
+    >>> layer(torch.ones(1, 1, 8), torch.ones(1, 1, 8), twodice.nn.Step(17))
+    tensor([[[3., 3., 1., 1., 1., 3., 1., 3.]]])
     """
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, at: Step | None = None) -> torch.Tensor:
