@@ -66,8 +66,13 @@ _LAYERS = re.compile(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*")
 
 @dataclass(frozen=True)
 class Layers:
-    """A run of layers, like a slice of a list: from `start` up to, but not with, `stop`; negative counts from
-    the end.
+    """A run of layers, like a slice of a list.
+
+    Parameters
+    ----------
+    start, stop : int or None
+        From `start` up to, but not with, `stop`; a negative number counts from the end of the stack, None is
+        that end of it.
     """
 
     start: int | None
@@ -275,7 +280,13 @@ class DropoutPlan:
         ------
         ConfigError
             An unknown kind, place or schedule (the nearest is named); a rate outside [0, 1] or NaN; a rate
-            that rounds to 0 or 1 without being it; entries that overlap; a noise that the kind does not take.
+            that rounds to 0 or 1 without being it; a constant rate of 1 at ``residual`` or ``skip``, one that
+            reaches 1 with Gaussian noise; entries that overlap; a noise that the kind does not take; a file
+            that cannot be read.
+
+        Notes
+        -----
+        The grammar is D1 and D2 of ``docs/contracts/dropout.md``; which kind does what, ``docs/dropout.md``.
         """
         if isinstance(source, DropoutPlan):
             return source
