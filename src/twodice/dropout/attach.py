@@ -1,7 +1,8 @@
 """Dropout put into a model from outside, and taken out again without a trace.
 
-The main path: `attach` finds the sites that the plan speaks of (`choose`) and hooks them; `Handle.step` enters a step;
-`Handle.audit` says what is live; `Handle.detach` takes everything out. What then runs inside is in `hooks`.
+The main path: `attach` finds the sites that the plan speaks of (`choose`) and hooks them; `Handle.step`
+enters a step; `Handle.audit` says what is live; `Handle.detach` takes everything out. What then runs inside
+is in `hooks`.
 
 Letters: B rows, T positions.
 """
