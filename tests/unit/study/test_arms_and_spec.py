@@ -53,7 +53,7 @@ def test_commas_between_entries_and_whole_plans_are_understood() -> None:
         ("residual=1.5", r"\[0, 1\]"),
         ("residual=nan", "p must|rate"),
         ("seed=3", "all trials share"),
-        ("optimizer.lr=-1", "greater than 0"),
+        ("optimizer.lr=-1", "must be a number in"),
         ("residual", "name=value"),
         ("dropout=none; residual=0.1", "not both"),
         ("layer:feature=0.1", "example or batch"),
@@ -94,7 +94,7 @@ def test_every_arm_is_tuned_with_the_same_effort_on_a_seed_of_its_own() -> None:
     for tune, said in (
         ("lr", "NAME=VALUE"),
         ("seed=1,2", "cannot be tuned"),
-        ("lr=1e-3,-1", "greater than 0"),
+        ("lr=1e-3,-1", "must be a number in"),
     ):
         with pytest.raises(ConfigError, match=said):
             make_spec(settings={}, arms=[], tune=[tune])
@@ -139,7 +139,7 @@ def test_a_study_has_minutes_or_steps() -> None:
         ({"temperature": 1.0}, "sampling.temperature must be a list, each a number in (0, inf); got 1.0"),
         ({"top_k": [0]}, "sampling.top_k.0 must be an integer in [1, inf); got 0"),
         ({"prompts": 2.5}, "sampling.prompts must be an integer in [2, inf); got 2.5"),
-        ({"prompt": 3}, "no setting 'sampling.prompt'; did you mean 'prompts'?"),
+        ({"prompt": 3}, "no setting 'sampling.prompt'; did you mean 'sampling.prompts'?"),
         (7, "sampling must be a table; got 7"),
     ],
 )
