@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ def print_json(value: Any) -> None:
     """One JSON document to stdout, with stable key order as given."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def as_folder(out: Path) -> Path:
+    """`out` itself, for ``--out``: a folder that is there or can be made.
+
+    Raises
+    ------
+    ConfigError
+        It is something else.
+    """
+    from twodice.errors import ConfigError
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must be a folder, new or old; {str(out)!r} is a file")
+    return out
 
 
 def duration(seconds: float) -> str:
@@ -153,6 +169,12 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
             notice(note)
         is_usage = isinstance(error, ConfigError | DataError | RequestError | ShapeError)
         raise SystemExit(EXIT_USAGE if is_usage else EXIT_FAILED) from None
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        notice(f"error: {where}{error.strerror if error.strerror is not None else error}")
+        raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
         if debug:
             raise

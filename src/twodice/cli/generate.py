@@ -36,7 +36,10 @@ def _flag(name: str) -> str:
 
 def generate(
     source: Annotated[
-        str, typer.Argument(help="A run folder, a folder in Hugging Face format, or hf:NAME on the hub.")
+        str,
+        typer.Argument(
+            metavar="RUN|FOLDER", help="A run folder, a folder in Hugging Face format, or hf:NAME on the hub."
+        ),
     ],
     prompt: Annotated[str | None, typer.Option(help="The text to continue; may be empty.")] = None,
     prompt_file: Annotated[
@@ -61,7 +64,7 @@ def generate(
         bool,
         typer.Option("--explain", help="Show for each token what the model believed and each stage left."),
     ] = False,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(help="Threads of the model [default: torch decides].")
     ] = None,
@@ -92,12 +95,13 @@ def generate(
     from twodice.generation.load import load
     from twodice.generation.requests import Request
     from twodice.sampling.params import SamplingParams
+    from twodice.training.step import choose_device
 
     SamplingParams.parse(given)  # a value out of range is said before the model is loaded
     Request("", max_tokens=max_tokens, n=n, stop=stop or ())
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load(source, device=device)
+    loaded = load(source, device=str(choose_device(device)))
     params, origin = settle(given, greedy, loaded.written, loaded.defaults)
     notice("settings: " + ", ".join(f"{name} {_shown(params, name)} ({origin[name]})" for name in _CHAIN))
 

@@ -13,6 +13,7 @@ import typer
 
 from twodice.study.presets import STUDIES
 from twodice.training.config import setting_names
+from twodice.training.presets import PRESETS
 
 if TYPE_CHECKING:
     from twodice.study.schema import Report
@@ -27,7 +28,9 @@ def _help(name: str) -> str:
 
 
 def study(
-    data: Annotated[list[str] | None, typer.Argument(help=_help("data"), show_default=False)] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help=_help("data"), show_default=False)
+    ] = None,
     arm: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,7 +43,12 @@ def study(
     minutes: Annotated[
         float | None, typer.Option(help="Time for the whole study; the steps follow from it. Default 5.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help=_help("model"))] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{_help('model')} Presets: {', '.join(PRESETS)}. Default {_FIELDS['model'].default}."
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="The study's folder; a study that is there is gone on with.")
     ] = Path("runs/study"),
@@ -164,11 +172,12 @@ def _say_plan(spec: StudySpec, out: Path, json: bool) -> None:
 def _run(spec: StudySpec, out: Path, json: bool) -> None:
     import sys
 
-    from twodice.cli.console import Progress, notice
+    from twodice.cli.console import Progress, as_folder, notice
     from twodice.study.report import write_report_html
     from twodice.study.run import run_study
     from twodice.training.stopping import StopOnSignal
 
+    as_folder(out)
     command = shlex.join(["twodice", *sys.argv[1:]])
     with StopOnSignal(notice) as stop:
         report = run_study(

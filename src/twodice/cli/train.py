@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from twodice.training.config import setting_names
+from twodice.training.presets import PRESETS
 
 if TYPE_CHECKING:
     from twodice.training.budget import Resolved
@@ -31,11 +32,15 @@ def _help(name: str) -> str:
 
 
 def train(
-    data: Annotated[list[str] | None, typer.Argument(help=_help("data"), show_default=False)] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help=_help("data"), show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; a run in it is gone on with.")] = Path(
         "runs/train"
     ),
-    model: Annotated[str | None, typer.Option(help=_help("model"))] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"{_help('model')} Presets: {', '.join(PRESETS)}.")
+    ] = None,
     dropout: Annotated[str | None, typer.Option(help=_help("dropout"))] = None,
     steps: Annotated[int | None, typer.Option(help=_help("steps"))] = None,
     epochs: Annotated[float | None, typer.Option(help=_help("epochs"))] = None,
@@ -71,6 +76,7 @@ def train(
     The same command with the same --out goes on where the run was. Ctrl-C saves and stops; a second one stops
     at once.
     """
+    from twodice.errors import ConfigError
     from twodice.training.config import full_name, make_config, read_settings, with_setting
 
     values = read_settings(config) if config is not None else {}
@@ -90,7 +96,7 @@ def train(
     for text in set_ if set_ is not None else []:
         name, sign, value = text.partition("=")
         if not sign:
-            raise typer.BadParameter(f"--set takes NAME=VALUE; got {text!r}")
+            raise ConfigError(f"--set takes NAME=VALUE; got {text!r}")
         settings = with_setting(settings, name.strip(), value)
         names.add(full_name(name.strip()))
     if plan:
@@ -100,13 +106,16 @@ def train(
 
 
 def _run(settings: TrainConfig, names: set[str], out: Path, final: bool, json: bool) -> None:
-    from twodice.cli.console import Progress, notice
+    from twodice.cli.console import Progress, as_folder, notice
     from twodice.cli.console import out as result_console
     from twodice.training.loop import train as train_run
     from twodice.training.run_folder import is_used
+    from twodice.training.step import choose_device
     from twodice.training.stopping import StopOnSignal
     from twodice.training.tokens import store_for
 
+    as_folder(out)
+    choose_device(settings.device)  # one that is not here is said before the text is read
     with StopOnSignal(notice) as stop:
         store = store_for(settings, out / "tokens", begun=is_used(out), say=notice)
         bar: Progress | None = None

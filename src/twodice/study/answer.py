@@ -215,9 +215,9 @@ def _windows_words(windows: int, scored: schema.Scored | None) -> str:
         else f"{scored.windows} of its {scored.there} windows, spread evenly ({brief(share)} % of it)"
     )
     return (
-        f"{said}of each part for the curves, for the choice of the best step and for the loss on the training "
-        f"text. The losses on validation text B at the best step and at the end, which are what is compared, "
-        f"are means over {how_much}."
+        f"{said}of each part for the curves, for the choice of the best step and for the loss on the "
+        f"training text. The losses on validation text B at the best step and at the end, which are what is "
+        f"compared, are means over {how_much}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a tree of settings takes, read off its types: the names, the intervals, and what is wrong with a value.
+"""What a tree of settings takes, read off its types: names, intervals, and what is wrong with a value.
 
 The bounds stand in the types and nowhere else, so the words of an error come from there and not from the
 library that checks them. Does not know which settings there are.

@@ -63,7 +63,10 @@ def test_a_value_out_of_range_is_refused_with_what_must_hold_and_what_came(
         ({"data": "a.txt"}, "data must be a list of at least 1, each text; got 'a.txt'"),
         ({"lr": 1}, "no setting 'lr'; did you mean 'optimizer.lr'?"),
         ({"data": [3]}, "data.0 must be text; got 3"),
-        ({"model": 3, "batch": 1.5}, "model must be text; got 3; batch must be an integer in [1, inf); got 1.5"),
+        (
+            {"model": 3, "batch": 1.5},
+            "model must be text; got 3; batch must be an integer in [1, inf); got 1.5",
+        ),
     ],
 )
 def test_a_value_of_another_type_is_refused_in_the_same_words(values: dict[str, object], said: str) -> None:
