@@ -13,6 +13,8 @@ from twodice.study.spec import Settled, StudySpec
 from twodice.study.words import brief, number
 from twodice.training.config import FEW_EPOCHS
 
+SO_FAR = "So far (not all trials are done): "
+
 
 def _quoted(names: Sequence[str]) -> str:
     listed = [f"'{name}'" for name in names]
@@ -30,7 +32,7 @@ def answer_of(
 
     Dropout is credited with what the contrasts show, which differ in it alone, and with nothing else.
     """
-    lead = "" if is_complete else "So far (not all trials are done): "
+    lead = "" if is_complete else SO_FAR
     compared = [arm for arm in arms if arm.name != baseline]
     # Against a baseline that drops units itself, no difference says whether dropout helps.
     asks = not any(arm.has_dropout for arm in arms if arm.name == baseline)
@@ -38,7 +40,7 @@ def answer_of(
     others = [arm for arm in compared if arm not in dropping]
     said = _of_dropout(dropping, contrasts, baseline) if dropping else _of_change(others, baseline)
     if dropping and others:
-        said += "; without dropout " + ", ".join(map(_of_other, others))
+        said += "; without dropout, " + ", ".join(_of_other(arm, baseline) for arm in others)
     text = f"{lead}on this text {said}"
     return text[0].upper() + text[1:] + "."
 
@@ -113,9 +115,9 @@ def _of_change(arms: Sequence[schema.Arm], baseline: str) -> str:
     return f"we cannot tell whether any change helps: arm '{nearest.name}' {_after_colon(nearest.words)}"
 
 
-def _of_other(arm: schema.Arm) -> str:
+def _of_other(arm: schema.Arm, baseline: str) -> str:
     if arm.verdict == "cannot tell":
-        return f"'{arm.name}' cannot be told from it either way ({_after_colon(arm.words)})"
+        return f"'{arm.name}' cannot be told from '{baseline}' ({_after_colon(arm.words)})"
     return f"'{arm.name}' {arm.words}"
 
 

@@ -248,7 +248,7 @@ def words(difference: Difference | None) -> str:
         more = difference.more_seeds
         need = f"more than {MOST_MORE_SEEDS} more seeds would be needed"
         if more is not None:
-            need = f"very roughly {more} more {'seed' if more == 1 else 'seeds'} would"
+            need = f"very roughly {more} more {'seed' if more == 1 else 'seeds'} would tell"
         return f"cannot tell: {_by(percent.mean)} [{_side(percent.low)} to {_side(percent.high)}]; {need}"
     sign = -1 if said == "helps" else 1
     ends = sorted((sign * percent.low, sign * percent.high))

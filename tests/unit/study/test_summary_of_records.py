@@ -306,7 +306,7 @@ def test_an_arm_that_helps_is_the_answer_with_its_interval() -> None:
     ends = f"[{brief(-told.percent.high)}, {brief(-told.percent.low)}]"
     assert dropout.words == f"helps by {brief(-told.percent.mean)} % {ends}"
     assert report.answer.startswith(
-        f"On this text dropout {dropout.words} against 'neither' (arm 'dropout'); without dropout "
+        f"On this text dropout {dropout.words} against 'neither' (arm 'dropout'); without dropout, "
     )
 
 
@@ -364,7 +364,7 @@ def test_dropout_is_credited_where_an_arm_that_is_alike_but_for_it_does_worse() 
     alone, on_top = report.dropout_contrasts
     assert report.answer.startswith(
         f"On this text dropout {alone.words} against 'neither' (arm 'dropout') and {on_top.words} on top of "
-        "'weight decay' (arm 'both'); without dropout "
+        "'weight decay' (arm 'both'); without dropout, "
     )
     report = summarise(
         records_of_four_arms({"neither": 3.0, "dropout": 3.0, "weight decay": 2.9, "both": 2.95})
