@@ -6,6 +6,7 @@ Knows how things are said, not how they are done: that is `twodice.study`.
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -172,12 +173,13 @@ def _say_plan(spec: StudySpec, out: Path, json: bool) -> None:
 def _run(spec: StudySpec, out: Path, json: bool) -> None:
     import sys
 
-    from twodice.cli.console import Progress, as_folder, notice
+    from twodice.cli.console import Progress, as_folder, duration, notice
     from twodice.study.report import write_report_html
     from twodice.study.run import run_study
     from twodice.training.stopping import StopOnSignal
 
     as_folder(out)
+    began = time.monotonic()
     command = shlex.join(["twodice", *sys.argv[1:]])
     with StopOnSignal(notice) as stop:
         report = run_study(
@@ -189,6 +191,7 @@ def _run(spec: StudySpec, out: Path, json: bool) -> None:
             bar=lambda title, total, done: Progress(title, total, done=done),
         )
         write_report_html(out)
+    notice(f"took {duration(time.monotonic() - began)}")
     _say_answer(report, out, json)
 
 
