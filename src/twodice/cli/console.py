@@ -134,7 +134,7 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= self.plain_every_s or done >= self.total:
             self._last = now
-            notice(f"{self.title}: {done}/{self.total}  {text.strip()}")
+            notice(f"{self.title}: {done}/{self.total}  {text}".rstrip())
 
     def say(self, text: str) -> None:
         """A lasting line above the bar."""

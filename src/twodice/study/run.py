@@ -128,7 +128,10 @@ def run_study(
         log.close()
     report = summary.write_summary(out)
     best = next(arm for arm in arms if arm.name == report.best)
-    put_best(out, _trial_folder(out, best, report.best_seed) / "model")
+    model = _trial_folder(out, best, report.best_seed) / "model"
+    # Whoever has cleared away the trials of a finished study keeps its best model.
+    if model.is_dir() or not (out / BEST).is_dir():
+        put_best(out, model)
     return report
 
 

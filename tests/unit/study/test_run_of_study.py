@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +146,13 @@ def test_twice_the_minutes_are_about_twice_the_steps_and_too_few_are_refused(
     with pytest.raises(ConfigError, match=r"2 minutes are too few for 4 trials .* give about \d+ minutes"):
         study(pretender, make_spec(settings={"minutes": 2}, arms=ARMS, seeds=2, sampling=None))
     assert not (tmp_path / "slow" / "spec.json").exists()
+
+
+def test_the_trials_of_a_finished_study_may_be_cleared_away(pretender: Pretender) -> None:
+    spec = make_spec(settings={"steps": 20}, arms=ARMS, seeds=2, sampling=None)
+    before = study(pretender, spec)
+    shutil.rmtree(pretender.out / "trials")
+    assert study(pretender, spec) == before and (pretender.out / "best").is_dir()
 
 
 def test_a_setting_is_tuned_for_each_arm_on_validation_a_and_the_report_says_so(pretender: Pretender) -> None:
