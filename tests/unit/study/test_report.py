@@ -22,11 +22,11 @@ from tests.support.report_cases import (
 )
 
 from twodice.errors import DataError
+from twodice.study.answer import SO_FAR
 from twodice.study.contrasts import dropout_contrasts
 from twodice.study.cross_words import cross_sentence, cross_summary, is_clear
 from twodice.study.effects import effects
 from twodice.study.marks import marked, repeated
-from twodice.study.answer import SO_FAR
 from twodice.study.report import (
     cross_rows,
     in_two,
@@ -149,7 +149,10 @@ def test_small_reports_make_a_page_without_holes(make: Any) -> None:
 
 def test_the_answer_is_headed_by_what_it_says_and_loses_no_word() -> None:
     for lead in ("", SO_FAR):
-        said, why = f"{lead}On this text we cannot tell whether dropout helps: ", "arm 'a' 0.1 % better; more."
+        said, why = (
+            f"{lead}On this text we cannot tell whether dropout helps: ",
+            "arm 'a' 0.1 % better; more.",
+        )
         assert in_two(said + why) == (said, why)
     assert in_two("Dropout helps.") == ("Dropout helps.", "")
 
