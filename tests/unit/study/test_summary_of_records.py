@@ -12,14 +12,17 @@ from tests.support.example_records import example_records, example_spec
 from tests.support.example_report import example_report
 
 from twodice.errors import ConfigError, DataError
+from twodice.random.keys import Key
 from twodice.study import compare, schema
 from twodice.study.answer import details_of
 from twodice.study.effects import effects
 from twodice.study.records import RECORDS, Recorder, read_records
 from twodice.study.report import settings_text
-from twodice.study.sanity import xz_bits_per_byte
+from twodice.study.sanity import sanity_of, xz_bits_per_byte
 from twodice.study.summary import choose_cross, earlier_sd_percent, summarise, write_summary
 from twodice.study.words import brief, percent
+from twodice.text.corpora import load_documents
+from twodice.text.store import prepare
 
 
 def write(folder: Path, records: list[dict[str, object]]) -> None:
@@ -198,6 +201,15 @@ def test_xz_needs_nothing_for_text_it_has_seen_and_8_bits_for_noise() -> None:
     assert xz_bits_per_byte(text, text) < 0.4
     noise = "".join(map(chr, np.random.default_rng(1).integers(33, 127, 4000)))
     assert xz_bits_per_byte(text, [noise]) == pytest.approx(math.log2(94), rel=0.05)
+
+
+def test_a_drawn_text_is_held_against_its_true_entropy_too(tmp_path: Path) -> None:
+    corpus = load_documents(["markov:bytes=20000,symbols=4"])
+    store = prepare(corpus, context=16, key=Key(0), out=tmp_path / "store")
+    xz, truth = sanity_of(store)
+    assert corpus.entropy_nats_per_byte is not None
+    assert truth["value"] == corpus.entropy_nats_per_byte / math.log(2) and truth["unit"] == "bits per byte"
+    assert truth["value"] < xz["value"] < 2 * truth["value"]  # no compressor does better than the source
 
 
 def test_effects_of_the_cross_are_adjusted_for_their_number() -> None:
