@@ -125,6 +125,7 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` of `total` units are done; `note` is a short text beside it."""
+        ends = done >= self.total > self.done
         self.done = done
         left = self.seconds_left()
         text = f"{note}  {duration(left)} left" if left is not None and done < self.total else note
@@ -132,7 +133,7 @@ class Progress:
             self._bar.update(self._task, completed=done, note=text.strip())
             return
         now = time.monotonic()
-        if now - self._last >= self.plain_every_s or done >= self.total:
+        if now - self._last >= self.plain_every_s or ends:
             self._last = now
             notice(f"{self.title}: {done}/{self.total}  {text}".rstrip())
 

@@ -165,6 +165,12 @@ def details_of(report: schema.Report) -> list[str]:
                 else f"That is so although the training text was read about {times}."
             )
         )
+        losses = [loss.mean for loss in base.curve.validation_nats_per_token]
+        if losses and losses[-1] == min(losses):
+            found.append(
+                f"'{base.name}' was still improving at its last step: after more steps the answer may be "
+                "another."
+            )
     bits = base.at_best.validation_bits_per_byte.mean
     for line in report.sanity:
         if line.unit == "bits per byte":

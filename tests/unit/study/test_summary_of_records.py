@@ -290,6 +290,15 @@ def test_few_readings_are_named_as_the_reason_only_where_they_were_few() -> None
     assert "does not overfit in 20 steps: its loss on unseen text ends 0.02 % above" in few
     assert "was read about 2 times; dropout is for texts that are read many times" in few
     assert "although the training text was read about 40 times" in many and "dropout is for" not in many
+    assert "still improving" not in few
+    rising = calm.curve.validation_nats_per_token
+    short = calm.model_copy(
+        update={"curve": calm.curve.model_copy(update={"validation_nats_per_token": rising[:2]})}
+    )
+    told = details_of(report.model_copy(update={"arms": [short, *report.arms[1:]]}))
+    assert (
+        "'neither' was still improving at its last step: after more steps the answer may be another." in told
+    )
 
 
 def test_what_wins_only_at_the_end_is_held_against_stopping_early() -> None:
