@@ -147,10 +147,10 @@ def details_of(report: schema.Report) -> list[str]:
             f"{_quoted(worse)} {'is' if len(worse) == 1 else 'are'} worse at the end of training only."
         )
     base = next(arm for arm in report.arms if arm.name == report.baseline)
-    rise, gap = base.overfits_percent, base.at_end.gap_nats_per_token.mean
+    rise, gap = base.overfits_percent, number(base.at_end.gap_nats_per_token.mean, "plain")
     if rise >= 1:
         found.append(
-            f"'{base.name}' overfits: its loss on unseen text ends {brief(rise)} % above its best, {number(gap, 'plain')} "
+            f"'{base.name}' overfits: its loss on unseen text ends {brief(rise)} % above its best, {gap} "
             "nats per token above its loss on the training text."
         )
     else:
@@ -158,7 +158,7 @@ def details_of(report: schema.Report) -> list[str]:
         times = f"{number(read, 'count')} times"
         found.append(
             f"'{base.name}' does not overfit in {report.steps} steps: its loss on unseen text ends "
-            f"{brief(rise)} % above its best (gap {number(gap, 'plain')} nats per token). "
+            f"{brief(rise)} % above its best (gap {gap} nats per token). "
             + (
                 f"The training text was read about {times}; dropout is for texts that are read many times."
                 if read <= FEW_EPOCHS
