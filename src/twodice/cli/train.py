@@ -194,7 +194,7 @@ def _say_settings(config: TrainConfig, reasons: Mapping[str, str], names: set[st
         elif value is None:
             continue
         else:
-            why = "default"
+            why = f"default: {_FIELDS[name].description}"
         notice(f"  {name:<22} {_value(value):<14} {why}")
 
 

@@ -40,14 +40,17 @@ class OptimizerConfig(_Settings):
     min_lr: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="learning rate at the end of the schedule; default a tenth of lr"
     )
-    beta1: _Rate = Field(default=0.9, description="decay of the mean of the gradients, in [0, 1)")
-    beta2: _Rate = Field(default=0.95, description="decay of the mean of their squares, in [0, 1)")
+    beta1: _Rate = Field(default=0.9, description="decay of the mean of the gradients, in [0, 1); as GPT-3's")
+    beta2: _Rate = Field(
+        default=0.95, description="decay of the mean of their squares, in [0, 1); as GPT-3's"
+    )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.1,
-        description="decoupled decay of matrices (not of biases and norms), per step times the learning rate",
+        description="decoupled decay of matrices (not of biases and norms), per step times the learning rate; "
+        "as GPT-3's",
     )
     clip: _Positive | None = Field(
-        default=1.0, description="largest norm of the gradient; none switches clipping off"
+        default=1.0, description="largest norm of the gradient, as GPT-3's; none switches clipping off"
     )
     warmup: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="steps of linear warm-up; default 5 % of the steps, at most 200"
