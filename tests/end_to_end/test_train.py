@@ -46,7 +46,7 @@ def test_the_run_says_every_setting_with_its_reason_and_ends_with_json(
     out, done = trained
     result = json.loads(done.stdout)
     assert result["steps"] == 8 and result["model"] == str(out / "model")
-    for words in ("preset gpt2-nano", "8              given", "a tenth of lr", "0.95           default: decay of"):
+    for words in ("8              given", "a tenth of lr", "0.95           default: decay of"):
         assert words in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
 

@@ -46,8 +46,8 @@ class OptimizerConfig(_Settings):
     )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.1,
-        description="decoupled decay of matrices (not of biases and norms), per step times the learning rate; "
-        "as GPT-3's",
+        description="decoupled decay of matrices (not of biases and norms), per step times the learning "
+        "rate; as GPT-3's",
     )
     clip: _Positive | None = Field(
         default=1.0, description="largest norm of the gradient, as GPT-3's; none switches clipping off"
