@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -285,9 +286,9 @@ def _study_record(
         },
         "commands": {
             "study": command,
-            "report": f"twodice report {out}",
-            "generate": f"twodice generate {out / BEST} --prompt 'The' --top-k 50 --seed 0",
-            "load": f"AutoModelForCausalLM.from_pretrained('{out / BEST}')",
+            "report": shlex.join(["twodice", "report", str(out)]),
+            "generate": f"twodice generate {shlex.quote(str(out / BEST))} --prompt 'The' --top-k 50 --seed 0",
+            "load": f"AutoModelForCausalLM.from_pretrained({str(out / BEST)!r})",
         },
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -165,6 +166,15 @@ def test_twice_the_minutes_are_about_twice_the_steps_and_too_few_are_refused(
     with pytest.raises(ConfigError, match=r"2 minutes are too few for 4 trials .* give about \d+ minutes"):
         study(pretender, make_spec(settings={"minutes": 2}, arms=ARMS, seeds=2, sampling=None))
     assert not (tmp_path / "slow" / "spec.json").exists()
+
+
+def test_the_commands_that_are_told_hold_for_any_name_of_a_folder(pretender: Pretender) -> None:
+    pretender.out = pretender.out.with_name("it's one")
+    spec = make_spec(settings={"steps": 20}, arms=ARMS, seeds=2, sampling=None)
+    commands = study(pretender, spec).how.commands
+    assert shlex.split(commands["report"]) == ["twodice", "report", str(pretender.out)]
+    assert shlex.split(commands["generate"])[:3] == ["twodice", "generate", str(pretender.out / "best")]
+    assert f"({str(pretender.out / 'best')!r})" in commands["load"]
 
 
 def test_the_trials_of_a_finished_study_may_be_cleared_away(pretender: Pretender) -> None:
