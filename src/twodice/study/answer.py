@@ -158,7 +158,7 @@ def details_of(report: schema.Report) -> list[str]:
         times = f"{number(read, 'count')} times"
         found.append(
             f"'{base.name}' does not overfit in {report.steps} steps: its loss on unseen text ends "
-            f"{brief(rise)} % above its best (gap {gap} nats per token). "
+            f"{brief(abs(rise))} % {'above' if rise >= 0 else 'below'} its best (gap {gap} nats per token). "
             + (
                 f"The training text was read about {times}; dropout is for texts that are read many times."
                 if read <= FEW_EPOCHS

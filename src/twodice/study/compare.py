@@ -241,7 +241,7 @@ def words(difference: Difference | None) -> str:
         return "the baseline"
     percent = difference.percent
     if difference.p is None or percent.low is None or percent.high is None:
-        return f"cannot tell: one seed ({_by(percent.mean)}) says nothing of chance; take at least 3"
+        return f"cannot tell: {_by(percent.mean)} in one seed, which says nothing of chance; take at least 3"
     if said == "cannot tell":
         if difference.mean == 0 and percent.low == percent.high:
             return "cannot tell: no difference at all"
