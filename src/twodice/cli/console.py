@@ -51,6 +51,21 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def setting_help(name: str) -> str:
+    """The text of a training setting with its default, as every command's help says it."""
+    from twodice.training.config import setting_names
+    from twodice.training.presets import PRESETS
+
+    field = setting_names()[name]
+    text: str = field.description[0].upper() + field.description[1:]
+    if name == "model":
+        text += f"; presets: {', '.join(PRESETS)}"
+    if field.default is None or "default" in text:
+        return f"{text}."
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f"{text}. Default {default}."
+
+
 def as_folder(out: Path) -> Path:
     """`out` itself, for ``--out``: a folder that is there or can be made.
 

@@ -12,32 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twodice.cli.console import setting_help
+from twodice.study.arms import default_arms
 from twodice.study.presets import STUDIES
-from twodice.training.config import setting_names
-from twodice.training.presets import PRESETS
 
 if TYPE_CHECKING:
     from twodice.study.schema import Report
     from twodice.study.spec import StudySpec
 
-_FIELDS = setting_names()
-
-
-def _help(name: str) -> str:
-    text: str = _FIELDS[name].description
-    return f"{text[0].upper()}{text[1:]}."
-
 
 def study(
     data: Annotated[
-        list[str] | None, typer.Argument(metavar="DATA", help=_help("data"), show_default=False)
+        list[str] | None, typer.Argument(metavar="DATA", help=setting_help("data"), show_default=False)
     ] = None,
     arm: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=TEXT",
             help="An arm: 'light=residual=0.1; weight_decay=0.5' holds entries of the dropout plan and "
-            "training settings. The one named neither or baseline, else the first, is the baseline.",
+            "training settings. The one named neither or baseline, else the first, is the baseline. "
+            f"Default: {', '.join(name for name, _ in default_arms(demo=False))}.",
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Trials of each arm, paired by seed. Default 5.")] = None,
@@ -46,9 +40,7 @@ def study(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help=f"{_help('model')} Presets: {', '.join(PRESETS)}. Default {_FIELDS['model'].default}."
-        ),
+        typer.Option(help=setting_help("model")),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="The study's folder; a study that is there is gone on with.")
@@ -59,8 +51,8 @@ def study(
         list[str] | None,
         typer.Option(metavar="NAME=A,B,C", help="Choose this setting for each arm, on validation text A."),
     ] = None,
-    field: Annotated[str | None, typer.Option(help=_help("field"))] = None,
-    share: Annotated[float | None, typer.Option(help=_help("share"))] = None,
+    field: Annotated[str | None, typer.Option(help=setting_help("field"))] = None,
+    share: Annotated[float | None, typer.Option(help=setting_help("share"))] = None,
     seed: Annotated[int | None, typer.Option(help="First of the seeds. Default 0.")] = None,
     set_: Annotated[
         list[str] | None,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twodice.cli.console import setting_help
 from twodice.training.config import setting_names
-from twodice.training.presets import PRESETS
 
 if TYPE_CHECKING:
     from twodice.training.budget import Resolved
@@ -21,41 +21,29 @@ if TYPE_CHECKING:
 _FIELDS = setting_names()
 
 
-def _help(name: str) -> str:
-    """The text of a setting's field, with its default: said in one place only."""
-    field = _FIELDS[name]
-    text: str = field.description[0].upper() + field.description[1:]
-    if field.default is None or "default" in text:
-        return f"{text}."
-    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-    return f"{text}. Default {default}."
-
-
 def train(
     data: Annotated[
-        list[str] | None, typer.Argument(metavar="DATA", help=_help("data"), show_default=False)
+        list[str] | None, typer.Argument(metavar="DATA", help=setting_help("data"), show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; a run in it is gone on with.")] = Path(
         "runs/train"
     ),
-    model: Annotated[
-        str | None, typer.Option(help=f"{_help('model')} Presets: {', '.join(PRESETS)}.")
-    ] = None,
-    dropout: Annotated[str | None, typer.Option(help=_help("dropout"))] = None,
-    steps: Annotated[int | None, typer.Option(help=_help("steps"))] = None,
-    epochs: Annotated[float | None, typer.Option(help=_help("epochs"))] = None,
-    minutes: Annotated[float | None, typer.Option(help=_help("minutes"))] = None,
-    batch: Annotated[int | None, typer.Option(help=_help("batch"))] = None,
-    accumulate: Annotated[int | None, typer.Option(help=_help("accumulate"))] = None,
-    context: Annotated[int | None, typer.Option(help=_help("context"))] = None,
-    tokenizer: Annotated[str | None, typer.Option(help=_help("tokenizer"))] = None,
-    vocabulary: Annotated[int | None, typer.Option(help=_help("vocabulary"))] = None,
-    field: Annotated[str | None, typer.Option(help=_help("field"))] = None,
-    share: Annotated[float | None, typer.Option(help=_help("share"))] = None,
-    seed: Annotated[int | None, typer.Option(help=_help("seed"))] = None,
-    device: Annotated[str | None, typer.Option(help=_help("device"))] = None,
-    dtype: Annotated[str | None, typer.Option(help=_help("dtype"))] = None,
-    threads: Annotated[int | None, typer.Option(help=_help("threads"))] = None,
+    model: Annotated[str | None, typer.Option(help=setting_help("model"))] = None,
+    dropout: Annotated[str | None, typer.Option(help=setting_help("dropout"))] = None,
+    steps: Annotated[int | None, typer.Option(help=setting_help("steps"))] = None,
+    epochs: Annotated[float | None, typer.Option(help=setting_help("epochs"))] = None,
+    minutes: Annotated[float | None, typer.Option(help=setting_help("minutes"))] = None,
+    batch: Annotated[int | None, typer.Option(help=setting_help("batch"))] = None,
+    accumulate: Annotated[int | None, typer.Option(help=setting_help("accumulate"))] = None,
+    context: Annotated[int | None, typer.Option(help=setting_help("context"))] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=setting_help("tokenizer"))] = None,
+    vocabulary: Annotated[int | None, typer.Option(help=setting_help("vocabulary"))] = None,
+    field: Annotated[str | None, typer.Option(help=setting_help("field"))] = None,
+    share: Annotated[float | None, typer.Option(help=setting_help("share"))] = None,
+    seed: Annotated[int | None, typer.Option(help=setting_help("seed"))] = None,
+    device: Annotated[str | None, typer.Option(help=setting_help("device"))] = None,
+    dtype: Annotated[str | None, typer.Option(help=setting_help("dtype"))] = None,
+    threads: Annotated[int | None, typer.Option(help=setting_help("threads"))] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings in TOML or JSON, or a run's config.json.")
     ] = None,
