@@ -39,6 +39,7 @@ def _help() -> str:
         "options for every command:\n"
         "  --debug    show the traceback of an error\n"
         "  --version  print the version\n\n"
+        "exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable, 130 stopped at once\n\n"
         "examples:\n"
         "  twodice study my-text/ --minutes 10 --out runs/first\n"
         "  twodice train my-text/ --model llama-nano --dropout 'residual=0.1' --epochs 8 --out runs/one\n"
