@@ -62,7 +62,7 @@ FIELDS: dict[str, Field] = {
         Field("temperature", float, 0, INF, False, True, 1.0,
               "divides the logits; 0 takes the most probable token", "temperature", 1.0),
         Field("top_k", int, -1, 2**53, False, True, 0,
-              "keep exactly the k most probable tokens; absent, 0 and -1 are off", "top_k", 0),
+              "keep exactly the k most probable tokens; None, 0 and -1 are off", "top_k", 0),
         Field("top_p", float, 0, 1, False, False, 1.0,
               "keep the shortest run of most probable tokens whose mass reaches p; 0 keeps one, 1 is off",
               "top_p", 1.0),
@@ -75,9 +75,9 @@ FIELDS: dict[str, Field] = {
         Field("logit_bias", float, -INF, 1e30, False, False, None,
               "a number that is added to the logit of each token id named; -inf bans it", None, None),
         Field("allowed_tokens", int, 0, 2**32, False, True, None,
-              "the only token ids that may be drawn; absent allows all", None, None),
+              "the only token ids that may be drawn; None allows all", None, None),
         Field("seed", int, -(2**63), 2**64, False, True, None,
-              "names the noise; absent, a new one comes from the operating system and is told", None, None),
+              "names the noise; None takes a new one from the operating system and returns it", None, None),
     )
 }  # fmt: skip
 
