@@ -27,7 +27,9 @@ _UNUSED_BY_GREEDY = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def _help(name: str) -> str:
-    return f"{FIELDS[name].help}; in {FIELDS[name].interval}"
+    """The help of a setting; what is None in Python is an option that is left out here."""
+    text = FIELDS[name].help.replace("None takes", "left out, it takes").replace("None", "left out")
+    return f"{text[0].upper()}{text[1:]}; in {FIELDS[name].interval}."
 
 
 def _flag(name: str) -> str:
