@@ -27,8 +27,8 @@ _UNUSED_BY_GREEDY = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def _help(name: str) -> str:
-    """The help of a setting; what is None in Python is an option that is left out here."""
-    text = FIELDS[name].help.replace("None takes", "left out, it takes").replace("None", "left out")
+    """The help of a setting: no option says None, and one that is left out takes the folder's value."""
+    text = FIELDS[name].help.replace("None, ", "").replace("None takes", "left out, it takes")
     return f"{text[0].upper()}{text[1:]}; in {FIELDS[name].interval}."
 
 
