@@ -281,5 +281,9 @@ def read_spec(folder: Path) -> tuple[StudySpec, Settled] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         return StudySpec.model_validate(value["requested"]), Settled.model_validate(value["settled"])
+    except ValidationError as error:
+        known = {tree.__name__: tree for tree in (StudySpec, Settled)}
+        said = in_words(error, known[error.title])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give another --out") from None
+        said = f"{error}"
+    raise ConfigError(f"{path} must hold a study as twodice writes it; {said}; give another --out")

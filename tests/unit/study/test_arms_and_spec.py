@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,14 @@ def test_a_spec_is_written_and_read_back_and_its_changes_are_named(tmp_path: Pat
     assert differences(spec, spec) == []
     assert differences(spec, other) == ["base.batch: None there, 3 here", "seeds: 3 there, 4 here"]
     assert StudySpec.model_validate_json(spec.model_dump_json()) == spec
+    path = tmp_path / "spec.json"
+    damaged = json.loads(path.read_text())
+    damaged["requested"].update(seeds="many", speed=3)
+    for text, said in (
+        (json.dumps(damaged), "seeds must be an integer in [1, 1000]; got 'many'"),
+        ("{", "Expecting"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as error:
+            read_spec(tmp_path)
+        assert said in str(error.value) and "\n" not in str(error.value)

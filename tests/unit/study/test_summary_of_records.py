@@ -167,6 +167,19 @@ def test_a_baseline_with_dropout_is_never_called_the_model_without() -> None:
     assert "all dropout off" not in settings_text(baseline)
 
 
+def test_records_that_cannot_be_read_are_one_clear_error(tmp_path: Path) -> None:
+    whole = example_records()
+    without_digest = {**whole[0], "data": {k: v for k, v in whole[0]["data"].items() if k != "digest"}}
+    without_steps = {k: v for k, v in whole[1].items() if k != "evaluations"}
+    for number, (record, said) in enumerate(
+        ((without_digest, "Facts digest is missing"), (without_steps, "'evaluations' is missing in one"))
+    ):
+        write(tmp_path, [*whole[:number], record, *whole[number + 1 :]])
+        with pytest.raises(DataError) as error:
+            write_summary(tmp_path)
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_line_that_a_kill_cut_short_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
     log = Recorder(tmp_path)
     log.write({"kind": "trial", "arm": "a", "seed": 0})
