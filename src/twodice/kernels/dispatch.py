@@ -31,7 +31,8 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from twodice import _native  # type: ignore[attr-defined]
     except ImportError as error:
-        why = f"the native module is not there ({error}); install with a C++17 compiler at hand"
+        detail = "" if importlib.util.find_spec("twodice._native") is None else f": {error}"
+        why = f"the native module is not there{detail}; install with a C++17 compiler at hand"
         if mode == "native":
             raise BackendError(f"TWODICE_KERNELS=native, but {why}") from error
         return None, why
