@@ -1,7 +1,7 @@
 """Philox and dropout in C++ alone, at each instruction level: of this machine, and of Arm in an emulator.
 
-`instruction_levels.cpp` holds each level against the portable loops over widths, offsets, strides, types, rates
-and special values, and prints a digest of all that came out. The digest must be the same on each architecture.
+`instruction_levels.cpp` holds each level against the portable loops over widths, offsets, strides, types,
+rates and special values, and prints a digest of all that came out, the same on each architecture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[2] / "native"
-HOST = os.environ.get("CXX") or shutil.which("c++")
+HOST = shutil.which(os.environ.get("CXX", "c++"))
 CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 # Those of CMakeLists.txt, but for the optimisation.
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", f"-I{NATIVE}"]
@@ -47,7 +47,7 @@ def digest(*command: str) -> tuple[list[str], str]:
 
 
 def rejected(*command: str) -> bool:
-    """Whether a program whose levels get a wrong rate or counter says so of each level but the portable one."""
+    """Whether a program, told to get rates and counters wrong, says so of each level but the portable."""
     done = subprocess.run([*command, "sabotage"], capture_output=True, text=True)
     levels = re.findall(r"level (\w+)", done.stdout)
     return done.returncode == (len(levels) > 1) and re.findall(r"(\w+) differs", done.stdout) == levels[1:]
@@ -60,9 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_compiler
 @pytest.mark.parametrize("optimised", OPTIMISED)
-def test_every_level_of_this_machine_gives_the_bits_of_the_portable_loops(
-    folder: Path, optimised: str
-) -> None:
+def test_every_level_here_gives_the_bits_of_the_portable_loops(folder: Path, optimised: str) -> None:
     program = built(folder, "host", str(HOST), optimised)
     levels, _ = digest(program)
     assert levels[0] == "portable" and rejected(program)
