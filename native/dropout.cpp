@@ -117,6 +117,8 @@ void bind_dropout(nb::module_& m) {
             if (names[i] == name) return simd_level().store(static_cast<Simd>(i));
         throw nb::value_error("no such instruction set on this machine");
     });
+    m.def("lend_threads", [](uintptr_t team) { Pool::lend(reinterpret_cast<Pool::Team>(team)); },
+          "The address of GOMP_parallel in the runtime of OpenMP whose threads are to be used; 0: threads of our own.");
     m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); });
     m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
         const Words w = philox4x32(c0, c1, c2, c3, key);
