@@ -2,8 +2,8 @@
 
 ``TWODICE_KERNELS=auto`` (the default) takes the native module where it is there, and Triton for tensors on a
 GPU; ``native`` demands the module, ``reference`` takes the readable twins. ``TWODICE_SIMD`` may lower the
-instruction set of the native kernels (``portable``, ``avx2``, ``avx512``) for tests. The choice changes speed
-only, never a bit. This module knows no operation and no torch.
+instruction set of the native kernels (``portable``, ``avx2``, ``avx512``, ``neon``) for tests. The choice
+changes speed only, never a bit. This module knows no operation and no torch.
 """
 
 from __future__ import annotations
