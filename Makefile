@@ -34,8 +34,11 @@ bench: $(VENV)/.installed-dev  ## the benchmarks, side by side with the peers (r
 
 setup: $(VENV)/.installed-dev  ## only set up .venv, with the developer's extra
 
-native:  ## build the kernels into src/ for work on them (PYTHON=... chooses the interpreter)
-	@mkdir -p build/dev && exec 9>build/dev/.lock && flock 9 && \
+# The interpreter's own folder goes first, for cmake and ninja lie beside it; one that is named is not set up.
+native: $(if $(filter file,$(origin PYTHON)),$(VENV)/.dependencies)  ## build the kernels into src/ for work on them (PYTHON=... chooses the interpreter)
+	@$(NEEDS_COMPILER)
+	@export PATH="$$(cd "$$(dirname "$$(command -v $(PYTHON))")" && pwd):$$PATH" && \
+	mkdir -p build/dev && exec 9>build/dev/.lock && flock 9 && \
 	cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$(command -v $(PYTHON)) -DCMAKE_BUILD_TYPE=Release >build/dev/cmake.log 2>&1 \
 	  || { tail -20 build/dev/cmake.log; exit 1; } ; \
 	cmake --build build/dev && rm -f src/twodice/_native*.so && \

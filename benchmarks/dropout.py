@@ -105,7 +105,7 @@ def by_bytes(threads: tuple[int, ...] = (1, 2), sizes: tuple[int, ...] = BYTES) 
     A copy is one of the tensor forward and one of its gradient backward: the least bytes that the plain form
     moves; with a stream one more tensor is read, so there 1.5 copies forward are the least.
     """
-    rows = []
+    rows, grad = [], torch.autograd.grad
     for count in threads:
         torch.set_num_threads(count)
         # Compiled code keeps the number of threads it was made for.
@@ -118,7 +118,6 @@ def by_bytes(threads: tuple[int, ...] = (1, 2), sizes: tuple[int, ...] = BYTES) 
                 few = 64 if size <= 1 << 16 else 8 if size <= 1 << 24 else 1
                 xs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(few)]
                 stream, up = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
-                grad = torch.autograd.grad
                 rounds = 3 if size > 1 << 24 else 9
                 alone = {
                     "twodice": lambda x, up=up: grad(ours(x, T, 7, 3), x, up),

@@ -15,14 +15,31 @@
 #define TWODICE_AVX2 __attribute__((target("avx2,f16c")))
 #define TWODICE_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define TWODICE_INLINE inline __attribute__((always_inline))
+#define TWODICE_NEON 0
+#elif defined(__aarch64__) && defined(__GNUC__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define TWODICE_X86 0
+#define TWODICE_NEON 1  // a part of every such processor: nothing to ask at run time
+#include <arm_neon.h>
+#define TWODICE_INLINE inline __attribute__((always_inline))
 #else
 #define TWODICE_X86 0
+#define TWODICE_NEON 0
 #define TWODICE_INLINE inline
 #endif
 
 namespace twodice {
 
-enum class Simd : int { portable = 0, avx2 = 1, avx512 = 2 };
+// The instruction sets of this architecture, the least first.
+#if TWODICE_X86
+enum class Simd : int { portable, avx2, avx512 };
+constexpr const char* kSimdNames[] = {"portable", "avx2", "avx512"};
+#elif TWODICE_NEON
+enum class Simd : int { portable, neon };
+constexpr const char* kSimdNames[] = {"portable", "neon"};
+#else
+enum class Simd : int { portable };
+constexpr const char* kSimdNames[] = {"portable"};
+#endif
 
 inline Simd best_simd() {
 #if TWODICE_X86
@@ -32,6 +49,8 @@ inline Simd best_simd() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         return Simd::avx512;
     if (avx2) return Simd::avx2;
+#elif TWODICE_NEON
+    return Simd::neon;
 #endif
     return Simd::portable;
 }
@@ -247,6 +266,53 @@ TWODICE_AVX512 inline void fill_avx512(const Run& run, uint32_t c0, size_t block
 }
 #endif
 
+#if TWODICE_NEON
+// 32-bit lanes here, as the wide product takes its factors side by side: it gives 64-bit pairs, whose halves two
+// unzips part again.
+TWODICE_INLINE void product(uint32x4_t x, uint32_t multiplier, uint32x4_t& low, uint32x4_t& high) {
+    const uint32x4_t first = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(x), multiplier));
+    const uint32x4_t second = vreinterpretq_u32_u64(vmull_high_n_u32(x, multiplier));
+    low = vuzp1q_u32(first, second);
+    high = vuzp2q_u32(first, second);
+}
+
+// 32 lanes a group (4 counters); two groups stand side by side, since one waits for its own products.
+template <int Groups>
+TWODICE_INLINE void lanes_neon(const Run& run, uint32_t c0, uint16_t* out) {
+    uint32x4_t a[Groups], b[Groups], c[Groups], d[Groups], high0, high1;
+    for (int g = 0; g < Groups; ++g) {
+        const uint32x4_t order = {0, 1, 2, 3};
+        const uint32x4_t counter = vaddq_u32(vdupq_n_u32(c0 + 4u * static_cast<uint32_t>(g)), order);
+        product(counter, kMultiplier0, c[g], high0);
+        product(veorq_u32(high0, vdupq_n_u32(run.first_c2)), kMultiplier1, b[g], high1);
+        a[g] = veorq_u32(high1, vdupq_n_u32(run.second_c0));
+        c[g] = veorq_u32(c[g], vdupq_n_u32(run.second_c2));
+        d[g] = vdupq_n_u32(run.second_c3);
+    }
+#pragma GCC unroll 8
+    for (int round = 2; round < kRounds; ++round) {
+        const uint32x4_t k0 = vdupq_n_u32(run.k0[round]), k1 = vdupq_n_u32(run.k1[round]);
+        for (int g = 0; g < Groups; ++g) {
+            uint32x4_t low0, low1;
+            product(a[g], kMultiplier0, low0, high0);
+            product(c[g], kMultiplier1, low1, high1);
+            a[g] = veorq_u32(veorq_u32(b[g], k0), high1);
+            c[g] = veorq_u32(veorq_u32(d[g], k1), high0);
+            b[g] = low1;
+            d[g] = low0;
+        }
+    }
+    for (int g = 0; g < Groups; ++g) {
+        const uint32x4x2_t ab = vzipq_u32(a[g], b[g]), cd = vzipq_u32(c[g], d[g]);
+        for (int h = 0; h < 2; ++h) {
+            const uint64x2_t x = vreinterpretq_u64_u32(ab.val[h]), y = vreinterpretq_u64_u32(cd.val[h]);
+            vst1q_u16(out + 32 * g + 16 * h, vreinterpretq_u16_u64(vzip1q_u64(x, y)));
+            vst1q_u16(out + 32 * g + 16 * h + 8, vreinterpretq_u16_u64(vzip2q_u64(x, y)));
+        }
+    }
+}
+#endif
+
 // Lanes of `counters` consecutive counters (c0, c1, c2, c3), (c0 + 1, ...), eight each, into `out`. `run` has its key
 // and its row. Exactly 8 * counters values are written.
 inline void fill_lanes(const Run& run, uint32_t c0, size_t counters, uint16_t* out) {
@@ -255,6 +321,11 @@ inline void fill_lanes(const Run& run, uint32_t c0, size_t counters, uint16_t* o
 #if TWODICE_X86
         case Simd::avx512: fill_avx512(run, c0, blocks, out); break;
         case Simd::avx2: fill_avx2(run, c0, blocks, out); break;
+#endif
+#if TWODICE_NEON
+        case Simd::neon:
+            for (size_t i = 0; i < blocks; ++i) lanes_neon<2>(run, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+            break;
 #endif
         default:
             for (size_t i = 0; i < blocks; ++i) lanes64_portable(run, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);

@@ -1,4 +1,5 @@
-// A small pool of threads that live as long as the process. Knows nothing of Python: callers release its lock first.
+// Work shared by threads: those of the caller's runtime of OpenMP where they are lent, else a small pool of our own that
+// lives as long as the process. Knows nothing of Python: callers release its lock first.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@ namespace twodice {
 class Pool {
    public:
     // The pool of this process. It is never destroyed: its threads sleep until the process ends, and a child made by
-    // fork, which inherits no threads, starts a new one.
+    // fork, which inherits no threads, starts a new one; what was lent is not usable there.
     static Pool& instance() {
         Pool* pool = slot().load(std::memory_order_acquire);
         if (!pool) {
@@ -27,7 +28,10 @@ class Pool {
                 pool = new Pool;
                 slot().store(pool, std::memory_order_release);
 #if defined(__unix__) || defined(__APPLE__)
-                static const int once = pthread_atfork(nullptr, nullptr, [] { slot().store(nullptr); });
+                static const int once = pthread_atfork(nullptr, nullptr, [] {
+                    slot().store(nullptr);
+                    lent().store(nullptr);
+                });
                 (void)once;
 #endif
             }
@@ -36,11 +40,18 @@ class Pool {
     }
 
     // Calls fn(context, begin, end) over [0, n) in chunks of `grain`, on at most `threads` threads, this one included.
-    // A second caller at the same time works alone. A worker that wakes too late is not waited for.
+    // A second caller at the same time works alone. A worker of our own that wakes too late is not waited for.
     void run(int64_t n, int64_t grain, int threads, void (*fn)(void*, int64_t, int64_t), void* context) {
         std::unique_lock<std::mutex> own(busy_, std::try_to_lock);
         if (!own || threads <= 1 || n <= grain) {
             fn(context, 0, n);
+            return;
+        }
+        if (const Team team = lent().load(std::memory_order_acquire)) {
+            // All of them even for few chunks: libgomp ends the threads that a smaller team leaves out.
+            fn_ = fn, context_ = context, n_ = n, grain_ = grain;
+            next_.store(0, std::memory_order_relaxed);
+            team([](void* pool) { static_cast<Pool*>(pool)->chunks(); }, this, static_cast<unsigned>(threads), 0);
             return;
         }
         threads = static_cast<int>(std::min<int64_t>(threads, (n + grain - 1) / grain));
@@ -58,7 +69,19 @@ class Pool {
         done_.wait(lock, [this] { return active_ == 0; });
     }
 
+    // GOMP_parallel(function, data, threads, flags) of the runtime of OpenMP that the caller's other operations use, or
+    // null. Its threads are awake between those operations, and ours would have to share the processors with them.
+    using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static void lend(Team team) {
+        instance();
+        lent().store(team, std::memory_order_release);
+    }
+
    private:
+    static std::atomic<Team>& lent() {
+        static std::atomic<Team> team{nullptr};
+        return team;
+    }
     static std::atomic<Pool*>& slot() {
         static std::atomic<Pool*> pool{nullptr};
         return pool;

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from twodice.dropout.functional import dropout, dropout_add
-from twodice.errors import ConfigError, ContractError
+from twodice.errors import ConfigError, ContractError, nearest
+from twodice.kernels.dropout_layout import LAYOUTS
 from twodice.kernels.noise import Noise
 from twodice.random.draws import threshold
 from twodice.random.keys import Key
@@ -47,7 +48,8 @@ class Step:
     Raises
     ------
     ConfigError
-        If the draw is no integer of at least 0.
+        If the draw is no integer of at least 0, or the step no number. A step outside its range is an error
+        of the module that is called with it.
 
     Examples
     --------
@@ -72,13 +74,20 @@ class Step:
         self.draw = draw
         self.name = str(draw)
         #: As a tensor, too: compiled code takes it from there, and is not compiled anew for each step.
-        self.step_tensor = torch.as_tensor(step).clone()
+        try:
+            self.step_tensor = torch.as_tensor(step).clone()
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(
+                f"step must be an integer, or a tensor of one for each row; got {step!r}"
+            ) from None
         self.step = step if isinstance(step, int) else self.step_tensor
         self.examples = None if examples is None else torch.as_tensor(examples).clone()
         self.positions = None if positions is None else torch.as_tensor(positions).clone()
 
     def again(self, draw: int) -> Step:
-        """Return the same step with another draw, for a second pass or a second visit of a module."""
+        """Return the same step with another draw (0 or more), for a second pass or a second visit of a
+        module.
+        """
         return Step(self.step, examples=self.examples, positions=self.positions, draw=draw)
 
     def __repr__(self) -> str:
@@ -109,6 +118,10 @@ class _Keyed(nn.Module):
         super().__init__()
         if not isinstance(p, torch.Tensor):
             threshold(p)
+        if layout not in LAYOUTS:
+            raise ConfigError(
+                f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}{nearest(layout, LAYOUTS)}"
+            )
         self.p = p
         self.key = key if isinstance(key, Key) else Key(key)
         self.layout = layout
@@ -153,7 +166,7 @@ class Dropout(_Keyed):
     Raises
     ------
     ConfigError
-        If rate, key or noise cannot be meant.
+        If rate, key, layout or noise cannot be meant.
     ContractError
         In a forward in train mode without a `Step`.
 
@@ -186,7 +199,30 @@ class Dropout(_Keyed):
 class DropoutAdd(_Keyed):
     """``residual + dropout(x)`` as a module, in one pass over memory; ``residual + x`` in eval mode.
 
-    Parameters, errors and randomness as in `Dropout`: with the same key it drops the same units.
+    Parameters
+    ----------
+    p, key, layout, noise
+        As in `Dropout`.
+
+    Raises
+    ------
+    ConfigError, ContractError
+        As in `Dropout`.
+    ShapeError
+        In a forward in train mode whose residual has not the shape and dtype of `x`.
+
+    Notes
+    -----
+    *Randomness.* As in `Dropout`: with the same key it drops the same units.
+
+    Vaswani et al. 2017, section 5.4: what a sublayer gives is dropped and then added to its input.
+
+    Examples
+    --------
+    >>> import torch, twodice.nn
+    >>> layer = twodice.nn.DropoutAdd(0.5, key=7)
+    >>> layer(torch.ones(1, 1, 8), torch.ones(1, 1, 8), twodice.nn.Step(17))
+    tensor([[[3., 3., 1., 1., 1., 3., 1., 3.]]])
     """
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, at: Step | None = None) -> torch.Tensor:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from twodice.cli.main import COMMANDS
+from twodice.dropout.plan import KINDS
+from twodice.dropout.schedules import SCHEDULES
+from twodice.kernels.noise_form import WORDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,16 +24,21 @@ def blocks(page: Path, language: str) -> list[str]:
     return [body for lang, body in BLOCK.findall(page.read_text("utf-8")) if lang == language]
 
 
-def test_every_python_block_of_the_readme_runs(tmp_path: Path) -> None:
-    found = blocks(ROOT / "README.md", "python")
-    assert found, "the README shows code"
-    for number, code in enumerate(found):
-        path = tmp_path / f"block_{number}.py"
-        path.write_text(code, "utf-8")
-        done = subprocess.run(
-            [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
+@pytest.mark.parametrize("page", ["README.md", "docs/dropout.md", "docs/training.md"])
+def test_every_python_block_of_a_page_runs(page: str, tmp_path: Path) -> None:
+    code = "\n".join(blocks(ROOT / page, "python"))
+    assert code, "the page shows code"
+    path = tmp_path / "blocks.py"
+    path.write_text(code, "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def test_the_page_on_dropout_speaks_of_every_kind_noise_and_schedule() -> None:
+    text = (ROOT / "docs" / "dropout.md").read_text("utf-8")
+    assert [word for word in (*KINDS, *WORDS, *SCHEDULES) if f"`{word}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

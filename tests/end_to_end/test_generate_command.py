@@ -137,6 +137,10 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path: Path, say: Any) 
     (tmp_path / "file").write_text("")
     said = say(tmp_path / "file", "--prompt", "a")
     assert said.code == 2 and "is a file" in said.err
+    (tmp_path / "study" / "best").mkdir(parents=True)
+    assert say(tmp_path / "study", "--prompt", "a").code == 2
+    (tmp_path / "study" / "best" / "config.json").write_text("{}")
+    assert "best model is in " in say(tmp_path / "study", "--prompt", "a").err
     assert "has no model yet" in say(_unfinished(tmp_path), "--prompt", "a").err
 
 

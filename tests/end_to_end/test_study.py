@@ -222,9 +222,8 @@ def test_a_study_killed_and_then_stopped_goes_on_and_loses_or_doubles_no_trial(t
 
 
 @pytest.mark.slow
-def test_the_demo_shows_overfitting_within_its_time(tmp_path: Path) -> None:
+def test_the_demo_shows_overfitting(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    began = time.monotonic()
     done = subprocess.run(
         command("study", "--preset", "demo", "--out", out),
         capture_output=True,
@@ -233,8 +232,6 @@ def test_the_demo_shows_overfitting_within_its_time(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    if sum(os.getloadavg()) < 3:  # an own machine: the promise of time holds on two idle cores
-        assert time.monotonic() - began < 360
     report = read_report(out / "report.json")
     neither = next(arm for arm in report.arms if arm.name == "neither")
     assert neither.overfits_percent >= 3

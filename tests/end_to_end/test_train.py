@@ -26,8 +26,8 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "twodice", "train", *words]
 
 
-def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(*words: str, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     done = subprocess.run(command(*words), capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code, done.stderr
     return done
@@ -46,7 +46,7 @@ def test_the_run_says_every_setting_with_its_reason_and_ends_with_json(
     out, done = trained
     result = json.loads(done.stdout)
     assert result["steps"] == 8 and result["model"] == str(out / "model")
-    for words in ("optimizer.lr", "preset gpt2-nano", "8              given", "a tenth of lr"):
+    for words in ("8              given", "a tenth of lr", "0.95           default: decay of"):
         assert words in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
 
@@ -82,6 +82,15 @@ def test_the_models_folder_loads_in_transformers_with_the_same_logits(
     assert written["top_k"] == 0 and written["temperature"] == 1.0
     loaded = GenerationConfig.from_pretrained(out / "model")
     assert loaded.top_k == 0 and loaded.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_run_without_the_native_kernels_ends_with_the_same_bits(tmp_path: Path) -> None:
+    # Not attention: its readable twin sums in another order.
+    words = [*QUICK, "--steps", "3", "--dropout", "embedding=0.1, residual=0.2", "--set", "dtype=float32"]
+    outs = [tmp_path / kernels for kernels in ("auto", "reference")]
+    for out in outs:
+        run(*words, "--out", str(out), TWODICE_KERNELS=out.name)
+    assert_same_end(*outs)
 
 
 def test_the_run_folder_holds_what_the_docs_say(

@@ -11,8 +11,10 @@ import pytest
 import torch
 from tests.support.training_runs import PLAN, tiny_config, tiny_store
 
+from twodice.errors import CheckpointError
 from twodice.random.keys import Key
 from twodice.text.store import TokenStore
+from twodice.training import export
 from twodice.training.config import make_config
 from twodice.training.evaluate import IGNORED, FixedWindows
 from twodice.training.loop import export_run, train
@@ -32,6 +34,16 @@ def test_five_steps_of_each_family_lower_the_loss(store: TokenStore, tmp_path: P
     first, last = result.evaluations[0], result.evaluations[-1]
     assert last["train_nats_per_token"] < first["train_nats_per_token"] - 0.3
     assert result.model is not None and (result.model / "model.safetensors").is_file()
+
+
+def test_a_folder_that_would_load_as_another_model_is_refused(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = export._model_config
+    monkeypatch.setattr(export, "_model_config", lambda model: {**written(model), "layer_norm_epsilon": 0.1})
+    with pytest.raises(CheckpointError, match=r"must give the logits of the trained one to 1e-05"):
+        train(tiny_config(steps=1), store, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "result.json").exists()
 
 
 @pytest.mark.slow

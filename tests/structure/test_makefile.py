@@ -74,3 +74,19 @@ def test_a_compiler_that_went_away_is_said_in_one_line_when_it_is_needed_again(t
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert len(said) == 1 and "C++17 compiler" in said[0]
+
+
+def test_native_is_built_with_the_programs_of_its_own_environment(tmp_path: Path) -> None:
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python", "cmake", "ninja"):
+        program = tmp_path / ".venv" / "bin" / name
+        program.write_text(f"#!/bin/bash\necho the {name} of the environment\nexit 1\n")
+        program.chmod(0o755)
+    for made in (".python", ".dependencies"):
+        (tmp_path / ".venv" / made).touch()
+    (tmp_path / "only").mkdir()
+    only = path_with(tmp_path / "only", "bash", "find", "mkdir", "flock", "tail", "dirname")
+    done = make("-C", str(tmp_path), "native", "CXX=bash", path=only)
+    assert done.returncode != 0 and done.stdout.splitlines() == ["the cmake of the environment"]

@@ -46,12 +46,14 @@ def _build(model: str) -> nn.Module:
 
 
 def audit(
-    model: Annotated[str, typer.Argument(help="a preset, a run, or a folder in Hugging Face format")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A preset, a run, or a folder in Hugging Face format.")
+    ],
     plan: Annotated[
-        str, typer.Option("--plan", help="a plan's text or TOML file; without one all sites are free")
+        str, typer.Option("--plan", help="A plan's text or TOML file; without one all sites are free.")
     ] = "none",
-    steps: Annotated[int | None, typer.Option(min=1, help="length of the run, for fractions of it")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of the run, for fractions of it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List every place in a model where something may be dropped, live or not and why."""
     from twodice.dropout.attach import attach

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,36 @@ def print_json(value: Any) -> None:
     """One JSON document to stdout, with stable key order as given."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def setting_help(name: str) -> str:
+    """The text of a training setting with its default, as every command's help says it."""
+    from twodice.training.config import setting_names
+    from twodice.training.presets import PRESETS
+
+    field = setting_names()[name]
+    text: str = field.description[0].upper() + field.description[1:]
+    if name == "model":
+        text += f"; presets: {', '.join(PRESETS)}"
+    if field.default is None or "default" in text:
+        return f"{text}."
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f"{text}. Default {default}."
+
+
+def as_folder(out: Path) -> Path:
+    """`out` itself, for ``--out``: a folder that is there or can be made.
+
+    Raises
+    ------
+    ConfigError
+        It is something else.
+    """
+    from twodice.errors import ConfigError
+
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out must be a folder, new or old; {str(out)!r} is a file")
+    return out
 
 
 def duration(seconds: float) -> str:
@@ -109,6 +140,7 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """Say that `done` of `total` units are done; `note` is a short text beside it."""
+        ends = done >= self.total > self.done
         self.done = done
         left = self.seconds_left()
         text = f"{note}  {duration(left)} left" if left is not None and done < self.total else note
@@ -116,9 +148,9 @@ class Progress:
             self._bar.update(self._task, completed=done, note=text.strip())
             return
         now = time.monotonic()
-        if now - self._last >= self.plain_every_s or done >= self.total:
+        if now - self._last >= self.plain_every_s or ends:
             self._last = now
-            notice(f"{self.title}: {done}/{self.total}  {text.strip()}")
+            notice(f"{self.title}: {done}/{self.total}  {text}".rstrip())
 
     def say(self, text: str) -> None:
         """A lasting line above the bar."""
@@ -153,6 +185,12 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
             notice(note)
         is_usage = isinstance(error, ConfigError | DataError | RequestError | ShapeError)
         raise SystemExit(EXIT_USAGE if is_usage else EXIT_FAILED) from None
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        notice(f"error: {where}{error.strerror if error.strerror is not None else error}")
+        raise SystemExit(EXIT_FAILED) from None
     except Exception as error:
         if debug:
             raise

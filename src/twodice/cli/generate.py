@@ -27,7 +27,9 @@ _UNUSED_BY_GREEDY = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def _help(name: str) -> str:
-    return f"{FIELDS[name].help}; in {FIELDS[name].interval}"
+    """The help of a setting: no option says None, and one that is left out takes the folder's value."""
+    text = FIELDS[name].help.replace("None, ", "").replace("None takes", "left out, it takes")
+    return f"{text[0].upper()}{text[1:]}; in {FIELDS[name].interval}."
 
 
 def _flag(name: str) -> str:
@@ -36,7 +38,10 @@ def _flag(name: str) -> str:
 
 def generate(
     source: Annotated[
-        str, typer.Argument(help="A run folder, a folder in Hugging Face format, or hf:NAME on the hub.")
+        str,
+        typer.Argument(
+            metavar="RUN|FOLDER", help="A run folder, a folder in Hugging Face format, or hf:NAME on the hub."
+        ),
     ],
     prompt: Annotated[str | None, typer.Option(help="The text to continue; may be empty.")] = None,
     prompt_file: Annotated[
@@ -61,7 +66,7 @@ def generate(
         bool,
         typer.Option("--explain", help="Show for each token what the model believed and each stage left."),
     ] = False,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(help="Threads of the model [default: torch decides].")
     ] = None,
@@ -92,12 +97,13 @@ def generate(
     from twodice.generation.load import load
     from twodice.generation.requests import Request
     from twodice.sampling.params import SamplingParams
+    from twodice.training.step import choose_device
 
     SamplingParams.parse(given)  # a value out of range is said before the model is loaded
     Request("", max_tokens=max_tokens, n=n, stop=stop or ())
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load(source, device=device)
+    loaded = load(source, device=str(choose_device(device)))
     params, origin = settle(given, greedy, loaded.written, loaded.defaults)
     notice("settings: " + ", ".join(f"{name} {_shown(params, name)} ({origin[name]})" for name in _CHAIN))
 

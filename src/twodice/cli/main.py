@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import typer
 
 import twodice
-from twodice.cli.console import EXIT_USAGE, errors_in_one_line, notice
+from twodice.cli.console import EXIT_STOPPED, EXIT_USAGE, errors_in_one_line, notice
 from twodice.errors import nearest
+
+#: What typer raises where the words cannot be meant; it has no public name of its own in every version.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_KINDS = {"int_parsing": "an integer", "int_from_float": "an integer", "float_parsing": "a number"}
 
 COMMANDS = {
     "study": "Measure on a text whether dropout helps, and what top-k does to what is generated.",
@@ -34,6 +39,7 @@ def _help() -> str:
         "options for every command:\n"
         "  --debug    show the traceback of an error\n"
         "  --version  print the version\n\n"
+        "exit codes: 0 done, 1 failed, 2 usage, 75 interrupted and resumable, 130 stopped at once\n\n"
         "examples:\n"
         "  twodice study my-text/ --minutes 10 --out runs/first\n"
         "  twodice train my-text/ --model llama-nano --dropout 'residual=0.1' --epochs 8 --out runs/one\n"
@@ -65,7 +71,28 @@ def main(arguments: list[str] | None = None) -> None:
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         function = getattr(importlib.import_module(f"twodice.cli.{name}"), name)
         app.command(name=name, help=function.__doc__)(function)
-        app(args=words[1:], prog_name=f"twodice {name}")
+        try:
+            code = app(args=words[1:], prog_name=f"twodice {name}", standalone_mode=False)
+        except _UsageError as error:
+            notice(f"error: {_in_words(error)} (twodice {name} --help says more)")
+            raise SystemExit(EXIT_USAGE) from None
+        if code == EXIT_STOPPED:
+            raise KeyboardInterrupt
+    raise SystemExit(0)
+
+
+def _in_words(error: Any) -> str:
+    """What is wrong with the words of a command: one line, not in the words of the library that reads it."""
+    cause, option = error.__cause__, getattr(error, "param", None)
+    found = cause.errors() if hasattr(cause, "errors") else []
+    if len(found) == 1 and option is not None:
+        told, name = found[0], option.get_error_hint().split(" / ")[0].strip("'")
+        if told["type"] in _KINDS:
+            return f"{name} must be {_KINDS[told['type']]}; got {told['input']!r}"
+        if told["type"] == "greater_than_equal":
+            return f"{name} must be at least {told['ctx']['ge']}; got {told['input']!r}"
+    text: str = error.format_message()
+    return text[0].lower() + text[1:].rstrip(".")
 
 
 if __name__ == "__main__":

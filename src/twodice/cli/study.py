@@ -6,41 +6,42 @@ Knows how things are said, not how they are done: that is `twodice.study`.
 from __future__ import annotations
 
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twodice.cli.console import setting_help
+from twodice.study.arms import default_arms
 from twodice.study.presets import STUDIES
-from twodice.training.config import setting_names
 
 if TYPE_CHECKING:
     from twodice.study.schema import Report
     from twodice.study.spec import StudySpec
 
-_FIELDS = setting_names()
-
-
-def _help(name: str) -> str:
-    text: str = _FIELDS[name].description
-    return f"{text[0].upper()}{text[1:]}."
-
 
 def study(
-    data: Annotated[list[str] | None, typer.Argument(help=_help("data"), show_default=False)] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help=setting_help("data"), show_default=False)
+    ] = None,
     arm: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=TEXT",
             help="An arm: 'light=residual=0.1; weight_decay=0.5' holds entries of the dropout plan and "
-            "training settings. The one named neither or baseline, else the first, is the baseline.",
+            "training settings. The one named neither or baseline, else the first, is the baseline. "
+            f"Default: {', '.join(name for name, _ in default_arms(demo=False))}.",
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Trials of each arm, paired by seed. Default 5.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Time for the whole study; the steps follow from it. Default 5.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help=_help("model"))] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help=setting_help("model")),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="The study's folder; a study that is there is gone on with.")
     ] = Path("runs/study"),
@@ -50,8 +51,8 @@ def study(
         list[str] | None,
         typer.Option(metavar="NAME=A,B,C", help="Choose this setting for each arm, on validation text A."),
     ] = None,
-    field: Annotated[str | None, typer.Option(help=_help("field"))] = None,
-    share: Annotated[float | None, typer.Option(help=_help("share"))] = None,
+    field: Annotated[str | None, typer.Option(help=setting_help("field"))] = None,
+    share: Annotated[float | None, typer.Option(help=setting_help("share"))] = None,
     seed: Annotated[int | None, typer.Option(help="First of the seeds. Default 0.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -164,11 +165,13 @@ def _say_plan(spec: StudySpec, out: Path, json: bool) -> None:
 def _run(spec: StudySpec, out: Path, json: bool) -> None:
     import sys
 
-    from twodice.cli.console import Progress, notice
+    from twodice.cli.console import Progress, as_folder, duration, notice
     from twodice.study.report import write_report_html
     from twodice.study.run import run_study
     from twodice.training.stopping import StopOnSignal
 
+    as_folder(out)
+    began = time.monotonic()
     command = shlex.join(["twodice", *sys.argv[1:]])
     with StopOnSignal(notice) as stop:
         report = run_study(
@@ -180,6 +183,7 @@ def _run(spec: StudySpec, out: Path, json: bool) -> None:
             bar=lambda title, total, done: Progress(title, total, done=done),
         )
         write_report_html(out)
+    notice(f"took {duration(time.monotonic() - began)}")
     _say_answer(report, out, json)
 
 

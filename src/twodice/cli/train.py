@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twodice.cli.console import setting_help
 from twodice.training.config import setting_names
 
 if TYPE_CHECKING:
@@ -20,37 +21,29 @@ if TYPE_CHECKING:
 _FIELDS = setting_names()
 
 
-def _help(name: str) -> str:
-    """The text of a setting's field, with its default: said in one place only."""
-    field = _FIELDS[name]
-    text: str = field.description[0].upper() + field.description[1:]
-    if field.default is None or "default" in text:
-        return f"{text}."
-    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-    return f"{text}. Default {default}."
-
-
 def train(
-    data: Annotated[list[str] | None, typer.Argument(help=_help("data"), show_default=False)] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help=setting_help("data"), show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; a run in it is gone on with.")] = Path(
         "runs/train"
     ),
-    model: Annotated[str | None, typer.Option(help=_help("model"))] = None,
-    dropout: Annotated[str | None, typer.Option(help=_help("dropout"))] = None,
-    steps: Annotated[int | None, typer.Option(help=_help("steps"))] = None,
-    epochs: Annotated[float | None, typer.Option(help=_help("epochs"))] = None,
-    minutes: Annotated[float | None, typer.Option(help=_help("minutes"))] = None,
-    batch: Annotated[int | None, typer.Option(help=_help("batch"))] = None,
-    accumulate: Annotated[int | None, typer.Option(help=_help("accumulate"))] = None,
-    context: Annotated[int | None, typer.Option(help=_help("context"))] = None,
-    tokenizer: Annotated[str | None, typer.Option(help=_help("tokenizer"))] = None,
-    vocabulary: Annotated[int | None, typer.Option(help=_help("vocabulary"))] = None,
-    field: Annotated[str | None, typer.Option(help=_help("field"))] = None,
-    share: Annotated[float | None, typer.Option(help=_help("share"))] = None,
-    seed: Annotated[int | None, typer.Option(help=_help("seed"))] = None,
-    device: Annotated[str | None, typer.Option(help=_help("device"))] = None,
-    dtype: Annotated[str | None, typer.Option(help=_help("dtype"))] = None,
-    threads: Annotated[int | None, typer.Option(help=_help("threads"))] = None,
+    model: Annotated[str | None, typer.Option(help=setting_help("model"))] = None,
+    dropout: Annotated[str | None, typer.Option(help=setting_help("dropout"))] = None,
+    steps: Annotated[int | None, typer.Option(help=setting_help("steps"))] = None,
+    epochs: Annotated[float | None, typer.Option(help=setting_help("epochs"))] = None,
+    minutes: Annotated[float | None, typer.Option(help=setting_help("minutes"))] = None,
+    batch: Annotated[int | None, typer.Option(help=setting_help("batch"))] = None,
+    accumulate: Annotated[int | None, typer.Option(help=setting_help("accumulate"))] = None,
+    context: Annotated[int | None, typer.Option(help=setting_help("context"))] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=setting_help("tokenizer"))] = None,
+    vocabulary: Annotated[int | None, typer.Option(help=setting_help("vocabulary"))] = None,
+    field: Annotated[str | None, typer.Option(help=setting_help("field"))] = None,
+    share: Annotated[float | None, typer.Option(help=setting_help("share"))] = None,
+    seed: Annotated[int | None, typer.Option(help=setting_help("seed"))] = None,
+    device: Annotated[str | None, typer.Option(help=setting_help("device"))] = None,
+    dtype: Annotated[str | None, typer.Option(help=setting_help("dtype"))] = None,
+    threads: Annotated[int | None, typer.Option(help=setting_help("threads"))] = None,
     config: Annotated[
         Path | None, typer.Option(help="Settings in TOML or JSON, or a run's config.json.")
     ] = None,
@@ -71,6 +64,7 @@ def train(
     The same command with the same --out goes on where the run was. Ctrl-C saves and stops; a second one stops
     at once.
     """
+    from twodice.errors import ConfigError
     from twodice.training.config import full_name, make_config, read_settings, with_setting
 
     values = read_settings(config) if config is not None else {}
@@ -90,7 +84,7 @@ def train(
     for text in set_ if set_ is not None else []:
         name, sign, value = text.partition("=")
         if not sign:
-            raise typer.BadParameter(f"--set takes NAME=VALUE; got {text!r}")
+            raise ConfigError(f"--set takes NAME=VALUE; got {text!r}")
         settings = with_setting(settings, name.strip(), value)
         names.add(full_name(name.strip()))
     if plan:
@@ -100,13 +94,16 @@ def train(
 
 
 def _run(settings: TrainConfig, names: set[str], out: Path, final: bool, json: bool) -> None:
-    from twodice.cli.console import Progress, notice
+    from twodice.cli.console import Progress, as_folder, notice
     from twodice.cli.console import out as result_console
     from twodice.training.loop import train as train_run
     from twodice.training.run_folder import is_used
+    from twodice.training.step import choose_device
     from twodice.training.stopping import StopOnSignal
     from twodice.training.tokens import store_for
 
+    as_folder(out)
+    choose_device(settings.device)  # one that is not here is said before the text is read
     with StopOnSignal(notice) as stop:
         store = store_for(settings, out / "tokens", begun=is_used(out), say=notice)
         bar: Progress | None = None
@@ -185,7 +182,7 @@ def _say_settings(config: TrainConfig, reasons: Mapping[str, str], names: set[st
         elif value is None:
             continue
         else:
-            why = "default"
+            why = f"default: {_FIELDS[name].description}"
         notice(f"  {name:<22} {_value(value):<14} {why}")
 
 

@@ -1,7 +1,8 @@
 """Dropout put into a model from outside, and taken out again without a trace.
 
-The main path: `attach` finds the sites that the plan speaks of and hooks them; `Handle.step` enters a step;
-`Handle.audit` says what is live; `Handle.detach` takes everything out. What then runs inside is in `hooks`.
+The main path: `attach` finds the sites that the plan speaks of (`choose`) and hooks them; `Handle.step`
+enters a step; `Handle.audit` says what is live; `Handle.detach` takes everything out. What then runs inside
+is in `hooks`.
 
 Letters: B rows, T positions.
 """
@@ -23,14 +24,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from twodice.dropout.audit import Audit, SiteRecord
+from twodice.dropout.choose import choose, refuse_halves
 from twodice.dropout.hooks import BaseHook, Hook, Inert, Reader, RootEnd, RootHook, Site, State
 from twodice.dropout.install import Hooked, make_site, switch_off
 from twodice.dropout.monte_carlo import MonteCarlo, monte_carlo
-from twodice.dropout.plan import KINDS, STACKS, DropoutPlan, Entry
+from twodice.dropout.plan import STACKS, DropoutPlan, Entry
 from twodice.dropout.schedules import Constant, Schedule
 from twodice.dropout.sites import Inventory, OwnDropout, Place, find, has_fast_path, unwrap, walk
 from twodice.dropout.step import FORMULA, Snapshot, coordinate, site_key
-from twodice.errors import ConfigError, ContractError, nearest
+from twodice.errors import ConfigError, ContractError
 from twodice.random.thresholds import round_rate
 
 _NUMBERS = itertools.count(1)
@@ -38,7 +40,15 @@ _STATES: weakref.WeakSet[State] = weakref.WeakSet()
 
 
 class Handle:
-    """An attached model's dropout: enter steps, look at it, take it out. Made by `attach`."""
+    """An attached model's dropout: enter steps, look at it, take it out. Made by `attach`.
+
+    Attributes
+    ----------
+    plan : DropoutPlan
+        The plan in force.
+    seed : int
+        The seed of the masks.
+    """
 
     def __init__(
         self, model: nn.Module, state: State, inventory: Inventory, removable: list[RemovableHandle]
@@ -67,27 +77,48 @@ class Handle:
         step : int
             Number of the step, counted from 0, in [0, 2^32).
         examples : int64 tensor, array or list (B,) or (B, T), or callable, optional
-            Slot of each row in the *global* batch of the step; a callable is given the number of rows of each
-            forward and returns them. Default 0 .. B-1, which is legal for one
-            forward and one rank only; else ``(micro * world + rank) * rows + arange(rows)``.
+            Slot of each row in the *global* batch of the step, in [0, 2^32); a callable is given the number
+            of rows of each forward and returns them. (B, T), one slot a token, where a row holds several
+            sequences. Default 0 .. B-1, which is legal for one forward and one rank only; else ``(micro *
+            world + rank) * rows + arange(rows)``.
         positions : int64 tensor, array or list (B, T) or (1, T), or dict, optional
-            Position of each token. Default: ``position_ids`` of the forward, else 0 .. T-1 (behind a cache:
-            after what it holds). For an encoder-decoder a dict with ``encoder``, ``decoder`` or both.
+            Position of each token, in [0, 2^32). Default: ``position_ids`` of the forward, else 0 .. T-1
+            (behind a cache: after what it holds). For an encoder-decoder a dict with ``encoder``, ``decoder``
+            or both.
         draw : int
-            Another draw of masks in the same step; 0 or more.
+            Another draw of masks in the same step, in [0, 2^32); 0 is neutral.
 
         Raises
         ------
         ContractError
-            Inside another step of this model, after `detach`, or without examples on several ranks.
+            Inside another step of this model, after `detach`, or without examples on several ranks. From a
+            forward inside: a second one without examples, a packed row without a slot for each token.
         ConfigError
-            A number outside its range, or a schedule whose run's length is not known.
+            A number outside its range, or coordinates that are no integers.
+        ShapeError
+            From a forward inside: examples or positions that are not those of its rows.
 
         Notes
         -----
+        Both the forward and the backward pass may run inside; the backward pass may also run after it, the
+        recomputation of activation checkpointing included. Several forwards before one backward are right.
+
         *Randomness.* A unit is dropped by ``Key(seed).child("dropout", site, draw, visit)`` at the
-        coordinates (step, example, position, column). Masks in one step are the same for any split into
-        micro-batches.
+        coordinates (step, example, position, column); `visit` counts how often this forward has come to the
+        site. Masks in one step are the same for any split into micro-batches.
+
+        Examples
+        --------
+        >>> import torch, twodice
+        >>> model = torch.nn.Sequential(torch.nn.Dropout(0.1)).train()
+        >>> handle = twodice.attach(model, "dropout=0.5", seed=7)
+        >>> with handle.step(17, examples=[4, 5]):
+        ...     both = model(torch.ones(2, 1, 8))
+        >>> with handle.step(17, examples=[5]):
+        ...     one = model(torch.ones(1, 1, 8))
+        >>> torch.equal(both[1:], one)
+        True
+        >>> handle.detach()
         """
         state = self._state
         if not state.attached:
@@ -107,7 +138,60 @@ class Handle:
     def monte_carlo(
         self, model: nn.Module, batch: Any, draws: int, *, per_pass: int = 1, logits: Any = None
     ) -> MonteCarlo:
-        """Return what the model believes under `draws` fixed sets of masks; see `monte_carlo`."""
+        """Return what the model believes under `draws` fixed sets of masks: Monte Carlo dropout.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The attached model, or a module that holds it. Its modes are put back afterwards.
+        batch : mapping or tensor
+            Its inputs. Tensors whose first axis is B are repeated where several draws run in one pass.
+        draws : int
+            K, 1 or more. About 50 give the accuracy of weight scaling (Srivastava et al. 2014, section 7.5).
+        per_pass : int
+            So many draws run in one pass of the model, as K * B rows. It changes speed and memory only, up to
+            the order of summation.
+        logits : callable, optional
+            From the model's result to logits (B, ..., V); default its ``logits``, or the result itself.
+
+        Returns
+        -------
+        MonteCarlo
+            The mean distribution (B, ..., V), and for each token its predictive entropy and the mutual
+            information [nats]: what the draws disagree about.
+
+        Raises
+        ------
+        ContractError
+            Inside a step, or after `detach`.
+        ConfigError
+            If several draws should share a pass although the plan drops weights or whole layers, which all
+            rows of a pass share; if no number fits; if the model is another one, or the plan drops nothing.
+        ShapeError
+            If the batch has no rows, or the result no logits.
+
+        Notes
+        -----
+        Everything but the plan's sites is in eval mode. The rates are the highest of the plan's schedules, as
+        a trained model has no step.
+
+        *Randomness.* The key of a site is ``Key(seed).child("monte-carlo", site, visit)``; the counter holds
+        the number of the draw where a training step stands, and example 0 for every row: draw k is one
+        network, the same for every input, for any batch and for any `per_pass`.
+
+        Gal and Ghahramani 2016, "Dropout as a Bayesian approximation" (arXiv 1506.02142), equations 6 and 7.
+        Weight scaling, the default everywhere else, is the model in eval mode.
+
+        Examples
+        --------
+        >>> import torch, twodice
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 3))
+        >>> handle = twodice.attach(model, "dropout=0.3", seed=0)
+        >>> found = handle.monte_carlo(model, torch.ones(2, 4), draws=50, per_pass=10)
+        >>> tuple(found.mean.shape), tuple(found.mutual_information.shape)
+        ((2, 3), (2,))
+        >>> handle.detach()
+        """
         return monte_carlo(self._state, model, batch, draws, per_pass=per_pass, logits=logits)
 
     def observe(self, step: int, loss: float) -> None:
@@ -146,7 +230,19 @@ class Handle:
         """Return the two contexts that ``torch.utils.checkpoint.checkpoint(...,
         context_fn=handle.recompute)`` asks for.
 
-        Only for checkpoints of your own; those of transformers are seen without it.
+        Only for checkpoints of your own, with ``use_reentrant=False``; those of transformers and of torch's
+        wrapper are seen without it.
+
+        Returns
+        -------
+        tuple
+            A context for the forward, which does nothing, and one for the recomputation, which re-enters the
+            step, the positions and the visits of the forward.
+
+        Raises
+        ------
+        ContractError
+            Inside a step, but outside a forward of the attached model.
         """
         state = self._state
         frame = state.frame
@@ -159,9 +255,19 @@ class Handle:
         return _nothing(), state.repeating(frame, tuple(frame.visits))
 
     def audit(self) -> Audit:
-        """Return every site of the plan, every dropout of the model's own and every rate that nothing reads.
+        """Return every site of the plan, every dropout of the model's own, every rate that nothing reads,
+        chance outside the plan, and what could not be decided.
 
-        ``str()`` of it is a table that says for each whether it is live and why.
+        Returns
+        -------
+        Audit
+            ``str()`` of it is a table that says for each whether it is live and why; `Audit.to_json` the same
+            for programs, `Audit.live` what drops in a training step.
+
+        Raises
+        ------
+        ContractError
+            After `detach`.
         """
         state, found = self._state, self._inventory
         if found is None:
@@ -183,6 +289,8 @@ class Handle:
 
     def detach(self) -> None:
         """Take everything out: the model is exactly what it was. A second call does nothing.
+
+        A backward pass that computes parts of a forward again must have run before.
 
         Raises
         ------
@@ -224,8 +332,7 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
         if world > 1:
             raise ContractError(
                 f"a step without examples is for one rank; there are {world}, which would all get the same "
-                "masks; enter it "
-                f"with examples={FORMULA}"
+                f"masks; enter it with examples={FORMULA}"
             )
     state.keys_of(draw)  # made here, where no compiler looks on
     in_force: dict[Schedule, int] = {}
@@ -271,16 +378,18 @@ def attach(
     Parameters
     ----------
     model : nn.Module
-        A GPT-2, Llama, Mistral or Qwen2 of transformers (in any wrapper), or any module that holds
-        ``nn.Dropout``.
+        A model of transformers (``docs/models.md`` lists those that are tested; others are matched by the
+        structure of their blocks), in any wrapper but ``nn.DataParallel``, or any module. Its weights are not
+        touched.
     plan : DropoutPlan, text, mapping or path
-        Which sites, which rate, on which schedule.
+        Which sites, which noise, which rate, on which schedule; see `DropoutPlan.parse`.
     seed : int
         Seed of the masks, in [-2^63, 2^64).
     total_steps : int, optional
-        Length of the run, for schedules that speak of fractions of it.
+        Length of the run, 1 or more, for schedules that speak of fractions of it.
     share : Handle or nn.Module, optional
-        Another attached model with the same seed whose masks this one is meant to share.
+        Another attached model with the same seed whose masks this one is meant to share: sites of equal name
+        have equal masks in equal steps.
 
     Returns
     -------
@@ -290,16 +399,37 @@ def attach(
     Raises
     ------
     ConfigError
-        A kind, place or layer that this model does not have; two entries that reach one tensor; a missing
-        `total_steps`; a seed outside its range.
+        A kind, place or layer that this model does not have; two entries that reach one tensor; a plan that
+        speaks of a part of what one rate of the model feeds; a missing `total_steps`; a seed outside its
+        range; a `share` that is not attached or has another seed.
     ContractError
         If the model, or a part of it, is attached already.
+
+    Warns
+    -----
+    UserWarning
+        If another model is attached with this seed and `share` does not say that this is meant.
 
     Notes
     -----
     The model's own dropout is switched off, within a step, where the plan speaks, and left alone where it
-    does not. ``eval()`` is bit-equal to the plain model.
+    does not. ``eval()`` is bit-equal to the plain model. What each kind drops, and the paper that it is from,
+    stands in ``docs/dropout.md`` and ``docs/contracts/dropout.md``. Code that was compiled is compiled again.
+
     *Randomness.* See `Handle.step`; the site's name is ``<module path>#<kind>``.
+
+    Examples
+    --------
+    >>> import torch, twodice
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+    >>> handle = twodice.attach(model, "dropout=linear(0.3, 0.0), weight.2=0.1", seed=7, total_steps=100)
+    >>> print(handle.audit())
+    Sequential, seed 7, plan: weight.2=0.1, dropout=linear(0.3, 0.0)
+    site       source  schedule          live  why
+    2#weight   plan    0.1               yes   in every step
+    1#dropout  plan    linear(0.3, 0.0)  yes   on its schedule
+    1          model   0.5               no    replaced within a step by '1#dropout'
+    >>> handle.detach()
     """
     plan = DropoutPlan.parse(plan)
     if total_steps is not None and (
@@ -308,11 +438,14 @@ def attach(
         raise ConfigError(f"total_steps must be an integer of 1 or more; got {total_steps!r}")
     for entry in plan.entries:
         if entry.schedule.needs_total and total_steps is None:
-            raise ConfigError(f"{str(entry)!r} depends on the length of the run: pass total_steps to attach")
+            raise ConfigError(
+                f"the length of the run must be known to {str(entry)!r}; got no total_steps; pass it to "
+                "attach, or write whole steps in the plan"
+            )
     found = find(model)
     _refuse_attached(found)
-    chosen = _choose(found, plan)
-    _refuse_halves(found.own, {place.name for place, _, _ in chosen})
+    chosen = choose(found, plan)
+    refuse_halves(found.own, {place.name for place, _, _ in chosen})
     state = State(found, plan, seed, total_steps, f"twodice-{next(_NUMBERS)}")
     site_key(seed, "", 0, 0)  # a seed outside its range is refused here
     _warn_of_twins(state, share)
@@ -328,7 +461,10 @@ def _refuse_attached(found: Inventory) -> None:
             for hook in hooks.values():
                 if isinstance(hook, Hook):
                     at = f" (at {path!r})" if path else ""
-                    raise ContractError(f"a model is attached once; this one is already{at}; detach it first")
+                    raise ContractError(
+                        f"a model may be attached once; got one that is attached already{at}; call detach() "
+                        "of the handle that it has, then attach again"
+                    )
 
 
 def _drop_inert(root: nn.Module) -> None:
@@ -345,114 +481,23 @@ def _drop_inert(root: nn.Module) -> None:
                     rest.pop(number, None)
 
 
-def _choose(found: Inventory, plan: DropoutPlan) -> list[tuple[Place, Entry, Schedule]]:
-    """The sites that the plan speaks of, each with its entry and its own schedule, in the order of the
-    model.
-    """
-    chosen: dict[str, tuple[Place, Entry, Schedule]] = {}
-    for entry in plan.entries:
-        places = _places_of(found, entry)
-        layers: dict[str | None, list[int]] = {}
-        for place in places:
-            if place.layer is not None and place.layer not in layers.setdefault(place.stack, []):
-                layers[place.stack].append(place.layer)
-        for place in places:
-            if place.name in chosen:
-                raise ConfigError(
-                    f"each site must be spoken of once; {str(chosen[place.name][1])!r} and {str(entry)!r} "
-                    f"both reach {place.name!r}"
-                )
-            schedule = entry.schedule
-            if place.layer is not None:
-                among = sorted(layers[place.stack])
-                schedule = schedule.at(among.index(place.layer), len(among))
-            chosen[place.name] = place, entry, schedule
-    for own in found.own:
-        twice = f"{own.path}#dropout"
-        if own.feeds in chosen and twice in chosen:
-            raise ConfigError(
-                f"{str(chosen[own.feeds][1])!r} and {str(chosen[twice][1])!r} reach the same tensor at "
-                f"{own.path!r}; leave "
-                "one out, or narrow 'dropout' by its path"
-            )
-    return [chosen[place.name] for place in found.places if place.name in chosen]
-
-
-def _places_of(found: Inventory, entry: Entry) -> list[Place]:
-    """The places that one entry speaks of; none is an error that says what there is."""
-    model = type(found.root).__name__
-    places = [place for place in found.places if place.kind == entry.kind]
-    if not places:
-        there = ", ".join(found.kinds) if found.kinds else "none"
-        raise ConfigError(
-            f"{entry.kind!r} has no site in {model}; the kinds there are: "
-            f"{there}{nearest(entry.kind, found.kinds)}"
-        )
-    if entry.place is not None and KINDS[entry.kind].places is None:
-        paths = [place.path for place in places]
-        places = [p for p in places if p.path == entry.place or p.path.startswith(f"{entry.place}.")]
-        if not places:
-            what = "nn.Dropout" if entry.kind == "dropout" else "weight"
-            raise ConfigError(f"{entry.target!r} matches no {what} of {model}{nearest(entry.place, paths)}")
-    else:
-        if entry.stack is not None:
-            places = [place for place in places if place.stack == entry.stack]
-        if entry.part is not None:
-            # The attention of a stack on itself has no part of its own where the kind is one of attention.
-            part = {"self": None}.get(entry.part, entry.part)
-            places = [place for place in places if place.part == part]
-        if not places:
-            raise ConfigError(f"{entry.target!r} has no site in {model}; leave {entry.place!r} out")
-    if entry.kind == "weight" and entry.noise != "tied":
-        places = [place for place in places if not _is_second_use(found, place)]
-    if entry.layers is not None:
-        count = 1 + max(place.layer for place in places if place.layer is not None)
-        for end in (entry.layers.start, entry.layers.stop):
-            if end is not None and not -count <= end <= count:
-                raise ConfigError(f"layers of {model} are 0 to {count - 1}; got {entry.target!r}")
-        # Stacks may differ in depth: a negative number counts from the end of each.
-        places = [
-            place
-            for place in places
-            if place.layer
-            in entry.layers.indices(
-                1 + max(p.layer for p in places if p.layer is not None and p.stack == place.stack)
-            )
-        ]
-        if not places:
-            raise ConfigError(f"{entry.target!r} names no layer; {model} has {count}")
-    return places
-
-
-def _is_second_use(found: Inventory, place: Place) -> bool:
-    """Whether a weight is a lookup's that another module uses too; then the lookup alone drops it."""
-    tied = place.extra["tied"]
-    if not tied or isinstance(place.module, nn.Embedding):
-        return False
-    others = ", ".join(map(repr, tied))
-    why = f"its weight is that of {others}, where it is dropped; write weight:tied for both"
-    found.undecided.append((place.path, why))
-    return True
-
-
 def _warn_of_twins(state: State, share: Handle | nn.Module | None) -> None:
-    shared = share._state if isinstance(share, Handle) else None
-    if isinstance(share, nn.Module):
-        root = unwrap(share)
-        shared = next((s for s in _STATES if s.attached and s.root() is root), None)
-        if shared is None:
+    if share is not None:
+        root = unwrap(share) if isinstance(share, nn.Module) else None
+        shared = share._state if isinstance(share, Handle) else None
+        if root is not None:
+            shared = next((s for s in _STATES if s.root() is root), None)
+        if shared is None or not shared.attached:
             raise ConfigError(
                 f"share must be an attached model or its handle; this {type(share).__name__} is not attached"
             )
-    if shared is not None:
         if shared.seed != state.seed:
             raise ConfigError(f"models that share masks need one seed; got {state.seed} and {shared.seed}")
         return
     if any(other.attached and other.seed == state.seed and other.root() is not None for other in _STATES):
         warnings.warn(
             f"another model is attached with seed {state.seed}: sites of equal name get equal masks; pass "
-            "share=other if "
-            "that is meant, else another seed",
+            "share=other if that is meant, else another seed",
             UserWarning,
             stacklevel=3,
         )
@@ -517,18 +562,6 @@ def _install(
     handle = Handle(model, state, found, hooked.removable)
     handle._places = [place for place, _, _ in chosen]
     return handle
-
-
-def _refuse_halves(owned: list[OwnDropout], spoken: set[str]) -> None:
-    """One number of the model's own may feed several tensors; a plan must speak of all of them or of none."""
-    for own in owned:
-        missing = [name for name in own.shared if name not in spoken]
-        if own.rate > 0 and missing and len(missing) < len(own.shared):
-            raise ConfigError(
-                f"the model's own {own.attribute!r} at {own.path!r} ({own.rate}) drops at "
-                f"{', '.join(map(repr, own.shared))} together; the plan leaves out "
-                f"{', '.join(map(repr, missing))}: speak of all of them, or make the model with rate 0"
-            )
 
 
 def _record(site: Site, place: Place) -> SiteRecord:

@@ -149,8 +149,7 @@ class Site:
         rows = "" if frame.rows is None else f" with B = {frame.rows}, the rows of the model's input"
         raise ShapeError(
             f"the tensor at site {self.name!r} must be {wanted}{rows}; got shape {tuple(x.shape)}; leave "
-            "this site out of "
-            f"the plan, or use twodice.dropout with a layout of your own"
+            "this site out of the plan, or use twodice.dropout with a layout of your own"
         )
 
 
@@ -205,12 +204,9 @@ class State:
         """Raise: a part of the model runs in train mode and no forward of the root is under way."""
         raise ContractError(
             f"{where!r} runs in train mode outside a forward of the attached {self.model_name} inside a "
-            "step: its masks are "
-            "not defined. In a recomputation (activation checkpointing of your own) pass "
-            "context_fn=handle.recompute to "
-            "torch.utils.checkpoint.checkpoint; else call the whole model inside 'with handle.step(step, "
-            "examples=...):', "
-            "or put the part into eval()"
+            "step: its masks are not defined. In a recomputation (activation checkpointing of your own) pass "
+            "context_fn=handle.recompute to torch.utils.checkpoint.checkpoint; else call the whole model "
+            "inside 'with handle.step(step, examples=...):', or put the part into eval()"
         )
 
     def switch_on(self) -> None:
@@ -254,8 +250,7 @@ class State:
         if not (root.training or self.drawing):
             raise ContractError(
                 "the model was put into eval() between a forward and its backward pass, which computes "
-                "parts of it again; "
-                "run backward first"
+                "parts of it again; run backward first"
             )
         before, outside = self.frame, self.snapshot is None and not self.saved
         if outside:
@@ -419,8 +414,8 @@ class RootHook(Hook):
         if snapshot is None:
             raise ContractError(
                 f"a forward in train mode must run inside a step; got one of {state.model_name} outside; "
-                "write "
-                "'with handle.step(step, examples=...):' around forward and backward, or call model.eval()"
+                "write 'with handle.step(step, examples=...):' around forward and backward, or call "
+                "model.eval()"
             )
         rows = None
         if self.whole:

@@ -57,45 +57,7 @@ def monte_carlo(
 ) -> MonteCarlo:
     """Run a model under K fixed sets of masks and sum up what it believes.
 
-    Parameters
-    ----------
-    state : State
-        Of the attachment; users call ``handle.monte_carlo``.
-    model : nn.Module
-        The attached model, or a wrapper of it.
-    batch : mapping or tensor
-        Its inputs. Tensors whose first axis is B are repeated where several draws run in one pass.
-    draws : int
-        K, 1 or more. About 50 give the accuracy of weight scaling (Srivastava et al. 2014, section 7.5).
-    per_pass : int
-        So many draws run in one pass of the model, as K * B rows. It changes speed and memory only, up to the
-        order of summation.
-    logits : callable, optional
-        From the model's result to logits (B, ..., V); default its ``logits``, or the result itself.
-
-    Returns
-    -------
-    MonteCarlo
-        Mean distribution, predictive entropy and mutual information.
-
-    Raises
-    ------
-    ContractError
-        Inside a step, or after `detach`.
-    ConfigError
-        If several draws should share a pass although the plan drops weights or whole layers, which all rows
-        of a pass share; if no number fits.
-
-    Notes
-    -----
-    The rates are the highest of the plan's schedules, as a trained model has no step.
-
-    *Randomness.* The key of a site is ``Key(seed).child("monte-carlo", site, visit)``; the counter holds the
-    number of the draw where a training step stands, and example 0 for every row: draw k is one network, the
-    same for every input, for any batch and for any `per_pass`.
-
-    Gal and Ghahramani 2016, "Dropout as a Bayesian approximation", equations 6 and 7. Weight scaling, the
-    default everywhere else, is the model in eval mode.
+    `state` is that of the attachment; everything else stands at `Handle.monte_carlo`, which users call.
     """
     for name, number in (("draws", draws), ("per_pass", per_pass)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -104,6 +66,11 @@ def monte_carlo(
         raise ContractError("Monte Carlo needs an attached model; this one was detached; call attach again")
     if state.snapshot is not None or state.saved:
         raise ContractError("Monte Carlo must not run inside a step; leave it first")
+    if not any(module is state.root() for module in model.modules()):
+        raise ConfigError(
+            f"the model must be the one that the handle was made for, or hold it; got another "
+            f"{type(model).__name__}; use the handle of its own attach"
+        )
     if not state.sites:
         raise ConfigError("Monte Carlo needs a plan that drops something; its draws would all be equal")
     if per_pass > 1:

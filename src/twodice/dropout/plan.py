@@ -16,6 +16,7 @@ from typing import Any
 from twodice.dropout.schedules import Constant, Depth, Listed, Schedule, parse_schedule, split
 from twodice.errors import ConfigError, nearest
 from twodice.kernels.noise_form import UNIT, Noise
+from twodice.random.thresholds import round_rate
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ _LAYERS = re.compile(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*")
 
 @dataclass(frozen=True)
 class Layers:
-    """A run of layers, like a slice of a list: from `start` up to, but not with, `stop`; negative counts from
-    the end.
+    """A run of layers, like a slice of a list.
+
+    Parameters
+    ----------
+    start, stop : int or None
+        From `start` up to, but not with, `stop`; a negative number counts from the end of the stack, None is
+        that end of it.
     """
 
     start: int | None
@@ -127,8 +133,11 @@ class Entry:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
+            narrowed = [name for name, kind in KINDS.items() if self.kind in (kind.places or ())]
+            hint = f"; write {' or '.join(f'{name}.{self.kind}' for name in narrowed)}" if narrowed else ""
             raise ConfigError(
-                f"a kind must be one of {', '.join(KINDS)}; got {self.kind!r}{nearest(self.kind, KINDS)}"
+                f"a kind must be one of {', '.join(KINDS)}; got {self.kind!r}"
+                f"{hint or nearest(self.kind, KINDS)}"
             )
         kind = KINDS[self.kind]
         if self.place is not None and kind.places is not None:
@@ -143,14 +152,16 @@ class Entry:
                 f"{self.kind!r} does not belong to a layer, so its rate has no profile over layers; got "
                 f"{str(self.schedule)!r}"
             )
-        rates = self.schedule.each if isinstance(self.schedule, Listed) else (self.schedule,)
-        if Constant(1) in rates and (kind.cuts or self.form.form == "gaussian"):
-            why = (
-                "all layers would be cut off for the whole run"
-                if kind.cuts
-                else "Gaussian noise has no limit there"
+        if self.form.form == "gaussian" and round_rate(self.schedule.peak) == round_rate(1.0):
+            raise ConfigError(
+                f"p must stay below 1 at {self.target!r}, because Gaussian noise has no bound there; got "
+                f"{self.schedule}; write a lower rate"
             )
-            raise ConfigError(f"p must be below 1 at {self.target!r}, because {why}; got 1")
+        if kind.cuts and Constant(1) in _parts(self.schedule):
+            raise ConfigError(
+                f"p must be below 1 at {self.target!r}, because nothing would pass there for the whole run; "
+                f"got {self.schedule}; write a lower rate, or, to leave whole blocks out, layer[...]=1"
+            )
 
     def _check_place(self, places: tuple[str, ...]) -> None:
         words = [] if self.place is None else self.place.split(".")
@@ -251,8 +262,7 @@ class DropoutPlan:
                 if entry.overlaps(other):
                     raise ConfigError(
                         f"each site must be spoken of once; {str(other)!r} and {str(entry)!r} overlap; "
-                        "narrow one by "
-                        "place or layers, or leave it out"
+                        "narrow one by place or layers, or leave it out"
                     )
 
     @classmethod
@@ -270,7 +280,13 @@ class DropoutPlan:
         ------
         ConfigError
             An unknown kind, place or schedule (the nearest is named); a rate outside [0, 1] or NaN; a rate
-            that rounds to 0 or 1 without being it; entries that overlap; a noise that the kind does not take.
+            that rounds to 0 or 1 without being it; a constant rate of 1 at ``residual`` or ``skip``, one that
+            reaches 1 with Gaussian noise; entries that overlap; a noise that the kind does not take; a file
+            that cannot be read.
+
+        Notes
+        -----
+        The grammar is D1 and D2 of ``docs/contracts/dropout.md``; which kind does what, ``docs/dropout.md``.
         """
         if isinstance(source, DropoutPlan):
             return source
@@ -279,7 +295,10 @@ class DropoutPlan:
         if isinstance(source, Path) or (isinstance(source, str) and source.strip().endswith(".toml")):
             return _read(Path(source.strip() if isinstance(source, str) else source))
         if not isinstance(source, str):
-            raise ConfigError(f"a plan must be text, a mapping or a TOML file; got {type(source).__name__}")
+            raise ConfigError(
+                "a plan must be text such as 'residual=0.1', a mapping, a TOML file or a DropoutPlan; got "
+                f"{source!r}"
+            )
         if source.strip().lower() in ("", "none"):
             return cls()
         entries = []
@@ -302,6 +321,13 @@ class DropoutPlan:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.entries)) if self.entries else "none"
+
+
+def _parts(schedule: Schedule) -> tuple[Schedule, ...]:
+    """The schedules in time that a profile over layers holds; one in time is its own."""
+    if isinstance(schedule, Depth):
+        return schedule.first, schedule.last
+    return schedule.each if isinstance(schedule, Listed) else (schedule,)
 
 
 def _layer_order(entry: Entry) -> int:

@@ -60,7 +60,14 @@ def _steps(moment: int | float, total_steps: int | None) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A rate in time. `rate` is the definition; `needs_total` says whether the run's length must be known."""
+    """A rate in time. `rate` is the definition; `needs_total` says whether the run's length must be known.
+
+    Rates lie in [0, 1] and are rounded to 1/65536 where they are used. What lies outside, and what cannot be
+    meant, is a `ConfigError` when the schedule is made. Steps are counted from 0.
+
+    *Randomness.* None: a rate is a function of the step, of the length of the run and, for `Plateau`, of the
+    logged losses alone.
+    """
 
     @property
     def needs_total(self) -> bool:

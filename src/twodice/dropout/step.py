@@ -64,7 +64,12 @@ def coordinate(values: Any, name: str, dimensions: tuple[int, ...]) -> torch.Ten
     """
     if values is None:
         return None
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"{name} must be integers in a tensor, an array or a list; got {values!r}"
+        ) from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ConfigError(f"{name} must be integers; got {tensor.dtype}")
     if tensor.dim() not in dimensions:
@@ -136,8 +141,7 @@ def open_frame(snapshot: Snapshot, rows: int | None, sites: int) -> Frame:
         if snapshot.forwards > 0:
             raise ContractError(
                 "a step without examples is for one forward only, because a second one would get the same "
-                "masks; "
-                f"enter it with examples={FORMULA}"
+                f"masks; enter it with examples={FORMULA}"
             )
         snapshot.forwards += 1
     frame = Frame(snapshot, None, dict(snapshot.positions), [0] * sites)
@@ -150,6 +154,8 @@ def set_rows(frame: Frame, rows: int) -> None:
     """Note the number of rows of a forward and hold the examples against it."""
     if callable(frame.snapshot.examples) and frame.examples is None:
         made = frame.snapshot.examples(rows)
+        if made is None:
+            raise ConfigError(f"examples must make {rows} slots of {rows} rows; got None from the callable")
         # The compiler cannot look at values; what a callable makes is checked by eager forwards.
         compiling = torch.compiler.is_compiling()
         frame.examples = made if compiling else coordinate(made, "examples", (1, 2))
@@ -157,8 +163,7 @@ def set_rows(frame: Frame, rows: int) -> None:
     if examples is not None and examples.shape[0] != rows:
         raise ShapeError(
             f"examples must have one entry for each row of the forward ({rows}); got "
-            f"{tuple(examples.shape)}; "
-            f"the slots of a micro-batch are {FORMULA}"
+            f"{tuple(examples.shape)}; the slots of a micro-batch are {FORMULA}"
         )
     frame.rows = rows
 

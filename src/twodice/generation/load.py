@@ -40,9 +40,9 @@ def find_model(source: str | Path) -> Path:
     Raises
     ------
     ConfigError
-        If there is no such folder.
+        If there is no such folder, or no ``config.json`` of a model in it.
     CheckpointError
-        If the folder has no ``config.json`` of a model, or no safetensors.
+        If the run is not finished, or there are no safetensors.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -59,7 +59,9 @@ def find_model(source: str | Path) -> Path:
             f"the run {str(source)!r} has no model yet; run its training command again to finish it"
         )
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"a model folder holds a config.json; {str(folder)!r} has none")
+        best = folder / "best"
+        hint = f"; a study's best model is in {str(best)!r}" if (best / "config.json").is_file() else ""
+        raise ConfigError(f"a model folder must hold a config.json; {str(folder)!r} has none{hint}")
     if not any(folder.glob("*.safetensors")):
         others = sorted(
             path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")

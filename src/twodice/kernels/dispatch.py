@@ -2,8 +2,8 @@
 
 ``TWODICE_KERNELS=auto`` (the default) takes the native module where it is there, and Triton for tensors on a
 GPU; ``native`` demands the module, ``reference`` takes the readable twins. ``TWODICE_SIMD`` may lower the
-instruction set of the native kernels (``portable``, ``avx2``, ``avx512``) for tests. The choice changes speed
-only, never a bit. This module knows no operation and no torch.
+instruction set of the native kernels (``portable``, ``avx2``, ``avx512``, ``neon``) for tests. The choice
+changes speed only, never a bit. This module knows no operation and no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         from twodice import _native  # type: ignore[attr-defined]
     except ImportError as error:
-        why = f"the native module is not there ({error}); install with a C++17 compiler at hand"
+        detail = "" if importlib.util.find_spec("twodice._native") is None else f": {error}"
+        why = f"the native module is not there{detail}; install with a C++17 compiler at hand"
         if mode == "native":
             raise BackendError(f"TWODICE_KERNELS=native, but {why}") from error
         return None, why

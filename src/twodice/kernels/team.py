@@ -4,8 +4,8 @@ Threads inside each small call would meet at its end, thousands of times a secon
 whole parts, and what it calls runs on it alone, as OpenMP opens no region within another. The threads are
 those that torch's other operations use: they spin for a while after each, and a pool of ours would have to
 share the processors with them. Torch offers no such call to Python, but its runtime of OpenMP exports one;
-where it does not, the caller works alone and each call uses the threads as usual. This module knows no
-operation.
+where it does not, the caller works alone and each call uses the threads as usual. The native kernels are lent
+the same threads, so that they need not wake a pool of their own beside them. This module knows no operation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from twodice.kernels import dispatch
 
 _MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -33,6 +35,12 @@ def _parallel() -> Any:
         found.argtypes, found.restype = [_MEMBER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
         return found
     return None
+
+
+def lend() -> None:
+    """Let the native kernels use these threads, where both are there; else they use threads of their own."""
+    if dispatch.native is not None and (parallel := _parallel()) is not None:
+        dispatch.native.lend_threads(ctypes.cast(parallel, ctypes.c_void_p).value)
 
 
 def size(parts: int) -> int:

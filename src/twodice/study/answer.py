@@ -13,6 +13,8 @@ from twodice.study.spec import Settled, StudySpec
 from twodice.study.words import brief, number
 from twodice.training.config import FEW_EPOCHS
 
+SO_FAR = "So far (not all trials are done): "
+
 
 def _quoted(names: Sequence[str]) -> str:
     listed = [f"'{name}'" for name in names]
@@ -30,7 +32,7 @@ def answer_of(
 
     Dropout is credited with what the contrasts show, which differ in it alone, and with nothing else.
     """
-    lead = "" if is_complete else "So far (not all trials are done): "
+    lead = "" if is_complete else SO_FAR
     compared = [arm for arm in arms if arm.name != baseline]
     # Against a baseline that drops units itself, no difference says whether dropout helps.
     asks = not any(arm.has_dropout for arm in arms if arm.name == baseline)
@@ -38,7 +40,7 @@ def answer_of(
     others = [arm for arm in compared if arm not in dropping]
     said = _of_dropout(dropping, contrasts, baseline) if dropping else _of_change(others, baseline)
     if dropping and others:
-        said += "; without dropout " + ", ".join(map(_of_other, others))
+        said += "; without dropout, " + ", ".join(_of_other(arm, baseline) for arm in others)
     text = f"{lead}on this text {said}"
     return text[0].upper() + text[1:] + "."
 
@@ -113,9 +115,9 @@ def _of_change(arms: Sequence[schema.Arm], baseline: str) -> str:
     return f"we cannot tell whether any change helps: arm '{nearest.name}' {_after_colon(nearest.words)}"
 
 
-def _of_other(arm: schema.Arm) -> str:
+def _of_other(arm: schema.Arm, baseline: str) -> str:
     if arm.verdict == "cannot tell":
-        return f"'{arm.name}' cannot be told from it either way ({_after_colon(arm.words)})"
+        return f"'{arm.name}' cannot be told from '{baseline}' ({_after_colon(arm.words)})"
     return f"'{arm.name}' {arm.words}"
 
 
@@ -145,10 +147,10 @@ def details_of(report: schema.Report) -> list[str]:
             f"{_quoted(worse)} {'is' if len(worse) == 1 else 'are'} worse at the end of training only."
         )
     base = next(arm for arm in report.arms if arm.name == report.baseline)
-    rise, gap = base.overfits_percent, base.at_end.gap_nats_per_token.mean
+    rise, gap = base.overfits_percent, number(base.at_end.gap_nats_per_token.mean, "plain")
     if rise >= 1:
         found.append(
-            f"'{base.name}' overfits: its loss on unseen text ends {brief(rise)} % above its best, {gap:.2f} "
+            f"'{base.name}' overfits: its loss on unseen text ends {brief(rise)} % above its best, {gap} "
             "nats per token above its loss on the training text."
         )
     else:
@@ -156,13 +158,19 @@ def details_of(report: schema.Report) -> list[str]:
         times = f"{number(read, 'count')} times"
         found.append(
             f"'{base.name}' does not overfit in {report.steps} steps: its loss on unseen text ends "
-            f"{brief(rise)} % above its best (gap {gap:.2f} nats per token). "
+            f"{brief(abs(rise))} % {'above' if rise >= 0 else 'below'} its best (gap {gap} nats per token). "
             + (
                 f"The training text was read about {times}; dropout is for texts that are read many times."
                 if read <= FEW_EPOCHS
                 else f"That is so although the training text was read about {times}."
             )
         )
+        losses = [loss.mean for loss in base.curve.validation_nats_per_token]
+        if losses and losses[-1] == min(losses):
+            found.append(
+                f"'{base.name}' was still improving at its last step: after more steps the answer may be "
+                "another."
+            )
     bits = base.at_best.validation_bits_per_byte.mean
     for line in report.sanity:
         if line.unit == "bits per byte":
@@ -215,9 +223,9 @@ def _windows_words(windows: int, scored: schema.Scored | None) -> str:
         else f"{scored.windows} of its {scored.there} windows, spread evenly ({brief(share)} % of it)"
     )
     return (
-        f"{said}of each part for the curves, for the choice of the best step and for the loss on the training "
-        f"text. The losses on validation text B at the best step and at the end, which are what is compared, "
-        f"are means over {how_much}."
+        f"{said}of each part for the curves, for the choice of the best step and for the loss on the "
+        f"training text. The losses on validation text B at the best step and at the end, which are what is "
+        f"compared, are means over {how_much}."
     )
 
 

@@ -241,14 +241,14 @@ def words(difference: Difference | None) -> str:
         return "the baseline"
     percent = difference.percent
     if difference.p is None or percent.low is None or percent.high is None:
-        return f"cannot tell: one seed ({_by(percent.mean)}) says nothing of chance; take at least 3"
+        return f"cannot tell: {_by(percent.mean)} in one seed, which says nothing of chance; take at least 3"
     if said == "cannot tell":
         if difference.mean == 0 and percent.low == percent.high:
             return "cannot tell: no difference at all"
         more = difference.more_seeds
         need = f"more than {MOST_MORE_SEEDS} more seeds would be needed"
         if more is not None:
-            need = f"very roughly {more} more {'seed' if more == 1 else 'seeds'} would"
+            need = f"very roughly {more} more {'seed' if more == 1 else 'seeds'} would tell"
         return f"cannot tell: {_by(percent.mean)} [{_side(percent.low)} to {_side(percent.high)}]; {need}"
     sign = -1 if said == "helps" else 1
     ends = sorted((sign * percent.low, sign * percent.high))

@@ -16,6 +16,7 @@ STUDIES: dict[str, dict[str, Any]] = {
             "context": 64,
             "batch": 8,
             "steps": 330,
+            "dtype": "float32",
             "optimizer": {"lr": 2e-3},
             "evaluation": {"windows": 32},
         },
@@ -28,8 +29,8 @@ STUDIES: dict[str, dict[str, Any]] = {
             "of two layers. Share, learning rate and steps were chosen by about fifteen short trials, most "
             "on seeds outside the study and a few on its own, so that the arm 'neither' overfits well "
             "before the end and all fits into minutes on two cores. Some trials ran other arms too and "
-            "their losses were seen; the choice was made by the arm 'neither'. The steps are fixed, so that "
-            "the case is the same on every machine."
+            "their losses were seen; the choice was made by the arm 'neither'. Steps and type "
+            "of products are fixed, so that the case is the same on every machine."
         ),
     },
 }

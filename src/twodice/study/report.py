@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from twodice.errors import DataError
 from twodice.study import charts, plot_data
-from twodice.study.answer import passes
+from twodice.study.answer import SO_FAR, passes
 from twodice.study.cross_words import cross_sentence, cross_summary, moved_by
 from twodice.study.layout import shortened
 from twodice.study.marks import Piece, marked, without_blanks
@@ -332,6 +332,14 @@ def _environment() -> Any:
     return environment
 
 
+def in_two(answer: str) -> tuple[str, str]:
+    """What the answer says, and by what: it is cut, losing nothing, behind its first colon or semicolon."""
+    lead = len(SO_FAR) if answer.startswith(SO_FAR) else 0
+    cuts = [at for mark in (": ", "; ") if (at := answer.find(mark, lead)) >= 0]
+    cut = min(cuts) + 2 if cuts else len(answer)
+    return answer[:cut], answer[cut:]
+
+
 def render(report: Report) -> str:
     """The whole page.
 
@@ -352,6 +360,7 @@ def render(report: Report) -> str:
         .get_template("report.html.j2")
         .render(
             report=report,
+            answer=in_two(report.answer),
             style=Markup(style),  # ours, and it holds no "<"
             policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
             svg=Markup,  # pictures are escaped by the XML writer that made them

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -128,7 +129,10 @@ def run_study(
         log.close()
     report = summary.write_summary(out)
     best = next(arm for arm in arms if arm.name == report.best)
-    put_best(out, _trial_folder(out, best, report.best_seed) / "model")
+    model = _trial_folder(out, best, report.best_seed) / "model"
+    # Whoever has cleared away the trials of a finished study keeps its best model.
+    if model.is_dir() or not (out / BEST).is_dir():
+        put_best(out, model)
     return report
 
 
@@ -282,9 +286,9 @@ def _study_record(
         },
         "commands": {
             "study": command,
-            "report": f"twodice report {out}",
-            "generate": f"twodice generate {out / BEST} --prompt 'The' --top-k 50 --seed 0",
-            "load": f"AutoModelForCausalLM.from_pretrained('{out / BEST}')",
+            "report": shlex.join(["twodice", "report", str(out)]),
+            "generate": f"twodice generate {shlex.quote(str(out / BEST))} --prompt 'The' --top-k 50 --seed 0",
+            "load": f"AutoModelForCausalLM.from_pretrained({str(out / BEST)!r})",
         },
     }
 

@@ -323,4 +323,5 @@ def read_report(path: Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path} is not the report of a study: {place}: {first['msg']}") from None
+        fault = "is missing" if first["type"] == "missing" else "is not of its kind"
+        raise DataError(f"{path} is not the report of a study: {place or 'the whole'} {fault}") from None

@@ -6,10 +6,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from twodice.errors import ConfigError, nearest
 from twodice.study.arms import SHARED, Arm, check_arms, default_arms, parse_arm
@@ -21,6 +20,7 @@ from twodice.training.config import (
     setting_names,
     with_setting,
 )
+from twodice.training.fields import in_words, nearest_field
 
 SPEC = "spec.json"
 #: The tuning seed lies this far beyond the study's own, which never reach it.
@@ -201,7 +201,7 @@ def make_spec(
             base=base, arms=tuple(ArmText(name=arm.name, text=arm.text) for arm in parsed), tune=grid, **rest
         )
     except ValidationError as error:
-        raise ConfigError(_in_words(error)) from None
+        raise ConfigError(in_words(error, StudySpec)) from None
 
 
 def read_spec_file(path: Path) -> dict[str, Any]:
@@ -215,7 +215,8 @@ def read_spec_file(path: Path) -> dict[str, Any]:
     known = {*own, *(name.partition(".")[0] for name in setting_names())}
     for name in values:
         if name not in known:
-            raise ConfigError(f"{path}: no setting {name!r}{nearest(name, known)}")
+            hint = nearest(name, known) or nearest_field(name, TrainConfig)
+            raise ConfigError(f"{path}: no setting {name!r}{hint}")
     found: dict[str, Any] = {"settings": {k: v for k, v in values.items() if k not in own or k == "minutes"}}
     arms = values.get("arms", {})
     if not isinstance(arms, Mapping):
@@ -229,40 +230,6 @@ def read_spec_file(path: Path) -> dict[str, Any]:
         if name in values:
             found[name] = values[name]
     return found
-
-
-def _in_words(error: ValidationError) -> str:
-    """One line: each field with what must hold of it, as its type says, and what came."""
-    said = []
-    for detail in error.errors():
-        names = [part for part in detail["loc"] if isinstance(part, str)]
-        path = ".".join(map(str, detail["loc"]))
-        fields = (SamplingPlan if names[:-1] == ["sampling"] else StudySpec).model_fields
-        field = fields.get(names[-1]) if names else None
-        if detail["type"] == "extra_forbidden":
-            said.append(f"no setting {path!r}{nearest(names[-1], fields)}")
-        elif detail["type"] == "value_error" or field is None:
-            said.append(f"{path or 'study'}: {detail['msg'].removeprefix('Value error, ')}")
-        else:
-            said.append(f"{path} must be {_allowed(field, path)}; got {detail['input']!r}")
-    return "; ".join(said)
-
-
-def _allowed(field: FieldInfo, path: str) -> str:
-    """What a field takes, with its interval: read off its type, where the bounds stand."""
-    parts, bounds = [field.annotation, *field.metadata], {}
-    for part in parts:  # grows while it is read: a bound may stand deep in the type
-        parts += [*get_args(part), *getattr(part, "metadata", ())]
-        bounds.update(
-            {name: v for name in ("gt", "ge", "lt", "le") if (v := getattr(part, name, None)) is not None}
-        )
-    if not bounds:
-        return "text" if str in parts else "a table"
-    low = f"[{bounds['ge']:g}" if "ge" in bounds else f"({bounds['gt']:g}"
-    high = f"{bounds['le']:g}]" if "le" in bounds else "inf)"
-    number = f"{'an integer' if int in parts else 'a number'} in {low}, {high}"
-    is_list = get_origin(field.annotation) is tuple and not path.rpartition(".")[2].isdigit()
-    return f"a list, each {number}" if is_list else number
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -314,5 +281,9 @@ def read_spec(folder: Path) -> tuple[StudySpec, Settled] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         return StudySpec.model_validate(value["requested"]), Settled.model_validate(value["settled"])
+    except ValidationError as error:
+        known = {tree.__name__: tree for tree in (StudySpec, Settled)}
+        said = in_words(error, known[error.title])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give another --out") from None
+        said = f"{error}"
+    raise ConfigError(f"{path} must hold a study as twodice writes it; {said}; give another --out")

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+import twodice
 from twodice.errors import DataError
 from twodice.study import compare, schema
 from twodice.study.answer import answer_of, details_of, notes_of, plan_words
 from twodice.study.arms import Arm
 from twodice.study.contrasts import beyond_dropout, dropout_contrasts
 from twodice.study.effects import effects
-from twodice.study.records import Record, in_order, read_records
+from twodice.study.records import RECORDS, Record, in_order, read_records
 from twodice.study.sampling_cross import settings_of
 from twodice.study.spec import Settled, StudySpec, flat
 
@@ -401,9 +404,23 @@ def _example(
     )
 
 
+def _of_records(folder: Path) -> schema.Report:
+    """What a folder's records say; records that are damaged, or another version's, are one clear error."""
+    try:
+        return summarise(read_records(folder))
+    except ValidationError as error:
+        first = error.errors()[0]
+        fault = f"{error.title} {'.'.join(map(str, first['loc']))} is missing or not of its kind"
+    except KeyError as error:
+        fault = f"{error} is missing in one"
+    raise DataError(
+        f"{folder / RECORDS} must hold records that twodice {twodice.__version__} can read; {fault}"
+    )
+
+
 def write_summary(folder: Path) -> schema.Report:
     """Make ``report.json`` of a study's folder from its records, whole or not at all; return what it says."""
-    report = summarise(read_records(folder))
+    report = _of_records(folder)
     side = folder / f".{REPORT}.new"
     try:
         with open(side, "w", encoding="utf-8", newline="\n") as file:
@@ -421,6 +438,6 @@ def write_summary(folder: Path) -> schema.Report:
 def earlier_sd_percent(folder: Path) -> float | None:
     """`measured_sd_percent` of the study that is in `folder`; None where there is none that is far enough."""
     try:
-        return measured_sd_percent(summarise(read_records(folder)).arms)
+        return measured_sd_percent(_of_records(folder).arms)
     except DataError:
         return None

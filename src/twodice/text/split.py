@@ -86,7 +86,8 @@ def split_corpus(
         chosen[side] += groups[digest]
     copies = len(units) - len(groups)
     if copies:
-        reason += f"; {copies:,} exact copies stay on the side of their original"
+        many = "1 exact copy stays" if copies == 1 else f"{copies:,} exact copies stay"
+        reason += f"; {many} on the side of the original"
     parts = {
         name: tuple(units[place] for place in sorted(places))
         for name, places in zip(SPLITS, chosen, strict=True)

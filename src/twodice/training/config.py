@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from twodice.errors import ConfigError, nearest
+from twodice.errors import ConfigError
+from twodice.training.fields import fields_of, in_words, nearest_field
 
 #: Repeating a text up to so often is nearly as good as fresh text (Muennighoff et al. 2023, section 5).
 FEW_EPOCHS = 4
@@ -39,14 +40,17 @@ class OptimizerConfig(_Settings):
     min_lr: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="learning rate at the end of the schedule; default a tenth of lr"
     )
-    beta1: _Rate = Field(default=0.9, description="decay of the mean of the gradients, in [0, 1)")
-    beta2: _Rate = Field(default=0.95, description="decay of the mean of their squares, in [0, 1)")
+    beta1: _Rate = Field(default=0.9, description="decay of the mean of the gradients, in [0, 1); as GPT-3's")
+    beta2: _Rate = Field(
+        default=0.95, description="decay of the mean of their squares, in [0, 1); as GPT-3's"
+    )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=0.1,
-        description="decoupled decay of matrices (not of biases and norms), per step times the learning rate",
+        description="decoupled decay of matrices (not of biases and norms), per step times the learning "
+        "rate; as GPT-3's",
     )
     clip: _Positive | None = Field(
-        default=1.0, description="largest norm of the gradient; none switches clipping off"
+        default=1.0, description="largest norm of the gradient, as GPT-3's; none switches clipping off"
     )
     warmup: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="steps of linear warm-up; default 5 % of the steps, at most 200"
@@ -154,19 +158,13 @@ class TrainConfig(_Settings):
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
-def setting_names(kind: type[BaseModel] = TrainConfig, prefix: str = "") -> dict[str, Any]:
+def setting_names() -> dict[str, Any]:
     """Every setting's dotted name and its pydantic field, in order of declaration."""
-    found: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found.update(setting_names(field.annotation, f"{prefix}{name}."))
-        else:
-            found[prefix + name] = field
-    return found
+    return dict(fields_of(TrainConfig))
 
 
-def make_config(values: Mapping[str, Any], *, where: str = "settings") -> TrainConfig:
-    """Check a tree of plain values.
+def make_config(values: Mapping[str, Any], *, where: str | None = None) -> TrainConfig:
+    """Check a tree of plain values; an error begins with `where` they stand, if that is given.
 
     Raises
     ------
@@ -176,26 +174,8 @@ def make_config(values: Mapping[str, Any], *, where: str = "settings") -> TrainC
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_in_words(error)}") from None
-
-
-def _in_words(error: ValidationError) -> str:
-    lines = []
-    for detail in error.errors():
-        # Union members appear in the path by type name; only names of settings are told.
-        path = ".".join(
-            str(part) for part in detail["loc"] if not str(part).startswith(("constrained-", "function-"))
-        )
-        if detail["type"] == "extra_forbidden":
-            leaf = path.rpartition(".")[2]
-            names = setting_names()
-            leaves = [n.rpartition(".")[2] for n in names]
-            hint = nearest(path, names) or nearest(leaf, [*names, *leaves, *TrainConfig.model_fields])
-            lines.append(f"no setting {path!r}{hint}")
-        else:
-            said = detail["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}: {said}; got {detail['input']!r}" if path else said)
-    return "; ".join(lines)
+        said = in_words(error, TrainConfig)
+        raise ConfigError(said if where is None else f"{where}: {said}") from None
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -203,8 +183,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the settings in {path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings in {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must be UTF-8; it is not at byte {error.start}") from None
     try:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
@@ -236,8 +218,7 @@ def full_name(name: str) -> str:
         return endings[0]
     if endings:
         raise ConfigError(f"{name!r} may mean {' or '.join(endings)}; write it in full")
-    leaves = [n.rpartition(".")[2] for n in names]
-    raise ConfigError(f"no setting {name!r}{nearest(name, [*names, *leaves])}")
+    raise ConfigError(f"no setting {name!r}{nearest_field(name, TrainConfig)}")
 
 
 def with_setting(config: TrainConfig, name: str, value_text: str) -> TrainConfig:
@@ -276,7 +257,7 @@ def with_value(config: TrainConfig, name: str, value: Any) -> TrainConfig:
         # Saying one length anew takes back the other.
         for other in {"steps", "epochs", "minutes"} - {name}:
             values[other] = None if value is not None else values[other]
-    return make_config(values, where="settings")
+    return make_config(values)
 
 
 def _may_be_none(annotation: Any) -> bool:

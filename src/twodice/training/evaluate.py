@@ -91,8 +91,8 @@ def evaluate(
     Returns
     -------
     dict
-        ``<split>_nats_per_token`` and ``<split>_bits_per_byte`` for each part of `windows`. Bits per byte are those
-        of the targets that count, over the bytes that these stand for.
+        ``<split>_nats_per_token`` and ``<split>_bits_per_byte`` for each part of `windows`. Bits per byte are
+        those of the targets that count, over the bytes that these stand for.
 
     Raises
     ------

@@ -47,9 +47,53 @@ def test_a_wrong_command_names_the_nearest_one() -> None:
     ]
 
 
-def test_an_unknown_option_is_a_usage_error() -> None:
-    done = run("doctor", "--jsn")
-    assert done.returncode == 2 and "--jsn" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("doctor --jsn", "no such option: --jsn"),
+        ("doctor extra", "got unexpected extra argument(s) (extra)"),
+        ("train --steps abc", "--steps must be an integer; got 'abc'"),
+        ("study --minutes soon", "--minutes must be a number; got 'soon'"),
+        ("audit gpt2-nano --steps 0", "--steps must be at least 1; got '0'"),
+        ("report", "missing argument 'DIR'"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_a_usage_error_in_one_line(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        entry.main(words.split())
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2 and shown.out == ""
+    assert shown.err.startswith(f"error: {said}") and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["train", "study"])
+def test_a_file_is_no_folder_to_work_in(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        entry.main([name, "python-docs", "--out", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: --out must be a folder, new or old; '{tmp_path / 'file'}' is a file\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["train", "generate"])
+def test_a_device_that_is_not_here_is_said_before_any_work(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"train": ["--out", str(tmp_path)], "generate": [str(tmp_path), "--prompt", "a"]}[name]
+    with pytest.raises(SystemExit) as stopped:
+        entry.main([name, *words, "--device", "qpu"])
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "error: device must be auto, cpu, cuda, cuda:1, mps or the like; got 'qpu'\n"
+    )
 
 
 def test_doctor_says_which_kernels_are_in_use_and_why() -> None:
@@ -63,7 +107,7 @@ def test_doctor_says_which_kernels_are_in_use_and_why() -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [(ConfigError("p"), 2), (CheckpointError("c"), 1), (Interrupted("saved"), 75), (KeyboardInterrupt(), 130),
-     (ZeroDivisionError("z"), 1)],
+     (ZeroDivisionError("z"), 1), (FileNotFoundError(2, "No such file", "x"), 1)],
 )  # fmt: skip
 def test_each_error_has_its_exit_code_and_no_traceback(
     error: BaseException, code: int, capsys: pytest.CaptureFixture[str]

@@ -284,10 +284,10 @@ def test_examples_must_fit_the_rows() -> None:
     ("plan", "says"),
     [
         ("dropout.transformer.h.9=0.1", "matches no nn.Dropout"),
-        ("attention[7]=0.1", "layers of GPT2LMHeadModel are 0 to 1"),
+        ("attention[7]=0.1", "layers of GPT2LMHeadModel must be 0 to 1, or -2 to -1"),
         ("residual[0:2]=0.1, residual[-1]=0.2", "spoken of once"),
         ("residual=0.1, dropout=0.1", "reach the same tensor"),
-        ("residual=early(0.1, 0.5)", "pass total_steps"),
+        ("residual=early(0.1, 0.5)", "got no total_steps; pass it to attach"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(plan: str, says: str) -> None:

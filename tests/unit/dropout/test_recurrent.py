@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from twodice.dropout.attach import attach
 from twodice.dropout.functional import dropout
 from twodice.dropout.recurrent import recurrent_forward
 from twodice.errors import ConfigError, ShapeError
@@ -221,3 +222,23 @@ def test_what_is_not_served_is_named() -> None:
         recurrent_forward(lstm, x, (x[0], x[0]), step=0)
     with pytest.raises(ShapeError, match="2 or 3 dimensions"):
         recurrent_forward(lstm, x[None], step=0)
+
+
+def test_a_plan_may_name_the_recurrent_matrices_alone() -> None:
+    model = nn.ModuleDict({"lstm": made(nn.LSTM, num_layers=2, batch_first=True)}).train()
+    model.forward = lambda x: model["lstm"](x)[0]  # type: ignore[method-assign, assignment]
+    recurrent = {
+        f"lstm.weight_hh_l{i}": number for i, number in enumerate((2, 4))
+    }  # the second and the fourth
+    handle = attach(model, {f"weight.{name}": 0.5 for name in recurrent}, seed=7)
+    with handle.step(3):
+        ours = model(given(model["lstm"]))
+    handle.detach()
+    keys = {
+        name.removeprefix("lstm."): (32768, Key(7).child("dropout", f"lstm#weight#{number}", 0, 0))
+        for name, number in recurrent.items()
+    }
+    wanted = recurrent_forward(model["lstm"], given(model["lstm"]), step=3, weight=keys)[0]
+    assert torch.equal(ours, wanted) and not torch.equal(ours, model(given(model["lstm"])))
+    with pytest.raises(ConfigError, match=r"did you mean 'lstm\.weight_hh_l0'"):
+        attach(model, "weight.lstm.weight_hh_0=0.5")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from twodice.kernels import team
+import twodice
+from twodice.kernels import dispatch, team
 
 needs_team = pytest.mark.skipif(team._parallel() is None, reason="no runtime of OpenMP to be found")
 
@@ -66,3 +70,45 @@ def test_one_part_or_no_runtime_makes_no_team(monkeypatch: pytest.MonkeyPatch) -
     assert team.size(1) == 1 and team.size(0) == 1
     monkeypatch.setattr(team, "_parallel", lambda: None)
     assert team.size(8) == 1
+
+
+needs_native = pytest.mark.skipif(dispatch.native is None, reason="no native module")
+
+COUNT = """
+import os, sys, torch
+from twodice.kernels import dispatch
+from twodice.kernels.dropout import dropout  # lends
+torch.set_num_threads(2)
+x = torch.ones(4, 1024, 256)
+torch.mul(x, 2.0)
+if sys.argv[1] == "own":
+    dispatch.native.lend_threads(0)
+before = len(os.listdir("/proc/self/task"))
+dropout(x, 6554, 1, 2)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@needs_team
+@needs_native
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads here")
+@pytest.mark.parametrize(("which", "more"), [("lent", 0), ("own", 1)])
+def test_native_kernels_start_no_threads_beside_those_of_torch(which: str, more: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, which], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(done.stdout) == more
+
+
+@needs_native
+def test_lent_threads_and_those_of_our_own_give_the_same_bits() -> None:
+    torch.set_num_threads(3)
+    x = torch.arange(5 * 1000 * 300, dtype=torch.float32).view(5, 1000, 300)
+    try:
+        dispatch.native.lend_threads(0)
+        own = twodice.dropout(x, 0.1, key=1, step=2)
+    finally:
+        team.lend()
+    lent = twodice.dropout(x, 0.1, key=1, step=2)
+    torch.set_num_threads(1)
+    assert torch.equal(own, lent) and torch.equal(own, twodice.dropout(x, 0.1, key=1, step=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_commas_between_entries_and_whole_plans_are_understood() -> None:
         ("residual=1.5", r"\[0, 1\]"),
         ("residual=nan", "p must|rate"),
         ("seed=3", "all trials share"),
-        ("optimizer.lr=-1", "greater than 0"),
+        ("optimizer.lr=-1", "must be a number in"),
         ("residual", "name=value"),
         ("dropout=none; residual=0.1", "not both"),
         ("layer:feature=0.1", "example or batch"),
@@ -94,7 +95,7 @@ def test_every_arm_is_tuned_with_the_same_effort_on_a_seed_of_its_own() -> None:
     for tune, said in (
         ("lr", "NAME=VALUE"),
         ("seed=1,2", "cannot be tuned"),
-        ("lr=1e-3,-1", "greater than 0"),
+        ("lr=1e-3,-1", "must be a number in"),
     ):
         with pytest.raises(ConfigError, match=said):
             make_spec(settings={}, arms=[], tune=[tune])
@@ -139,7 +140,7 @@ def test_a_study_has_minutes_or_steps() -> None:
         ({"temperature": 1.0}, "sampling.temperature must be a list, each a number in (0, inf); got 1.0"),
         ({"top_k": [0]}, "sampling.top_k.0 must be an integer in [1, inf); got 0"),
         ({"prompts": 2.5}, "sampling.prompts must be an integer in [2, inf); got 2.5"),
-        ({"prompt": 3}, "no setting 'sampling.prompt'; did you mean 'prompts'?"),
+        ({"prompt": 3}, "no setting 'sampling.prompt'; did you mean 'sampling.prompts'?"),
         (7, "sampling must be a table; got 7"),
     ],
 )
@@ -182,3 +183,14 @@ def test_a_spec_is_written_and_read_back_and_its_changes_are_named(tmp_path: Pat
     assert differences(spec, spec) == []
     assert differences(spec, other) == ["base.batch: None there, 3 here", "seeds: 3 there, 4 here"]
     assert StudySpec.model_validate_json(spec.model_dump_json()) == spec
+    path = tmp_path / "spec.json"
+    damaged = json.loads(path.read_text())
+    damaged["requested"].update(seeds="many", speed=3)
+    for text, said in (
+        (json.dumps(damaged), "seeds must be an integer in [1, 1000]; got 'many'"),
+        ("{", "Expecting"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as error:
+            read_spec(tmp_path)
+        assert said in str(error.value) and "\n" not in str(error.value)

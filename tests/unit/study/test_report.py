@@ -22,12 +22,14 @@ from tests.support.report_cases import (
 )
 
 from twodice.errors import DataError
+from twodice.study.answer import SO_FAR
 from twodice.study.contrasts import dropout_contrasts
 from twodice.study.cross_words import cross_sentence, cross_summary, is_clear
 from twodice.study.effects import effects
 from twodice.study.marks import marked, repeated
 from twodice.study.report import (
     cross_rows,
+    in_two,
     key_figures,
     render,
     style_sheet,
@@ -106,7 +108,8 @@ def test_every_answer_verdict_and_command_is_said_as_it_was_found(page: str) -> 
     import html
 
     report, text = full_report(), html.unescape(page)
-    assert f">{report.answer}</h1>" in text
+    shown = re.search(r"<h1[^>]*>(.*)</h1>", text)
+    assert shown is not None and re.sub(r"<[^>]*>", "", shown[1]) == report.answer
     for sentence in (
         *report.details,
         *report.how.notes,
@@ -142,6 +145,16 @@ def test_small_reports_make_a_page_without_holes(make: Any) -> None:
     assert "None" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
     assert 'id="cross"' not in page and 'href="#cross"' not in page
     assert len(key_figures(make())) == 4
+
+
+def test_the_answer_is_headed_by_what_it_says_and_loses_no_word() -> None:
+    for lead in ("", SO_FAR):
+        said, why = (
+            f"{lead}On this text we cannot tell whether dropout helps: ",
+            "arm 'a' 0.1 % better; more.",
+        )
+        assert in_two(said + why) == (said, why)
+    assert in_two("Dropout helps.") == ("Dropout helps.", "")
 
 
 def test_preliminary_and_untuned_studies_say_so() -> None:

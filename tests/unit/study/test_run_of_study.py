@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.support.example_records import example_records
 from twodice.cli.main import main
 from twodice.errors import ConfigError, Interrupted
 from twodice.study import run
+from twodice.study.compare import smallest_detectable
 from twodice.study.pool import Job
 from twodice.study.report import render
 from twodice.study.schema import Report
@@ -127,9 +130,27 @@ def test_steps_follow_from_the_minutes_once_and_for_every_trial(pretender: Prete
     assert len(pretender.done("measure")) == measured and report.steps == settled["steps"]
     trials = [told["config"] for told in pretender.done("train")]
     assert {config["steps"] for config in trials} == {settled["steps"]}
-    assert sorted((c["dropout"], c["seed"]) for c in trials) == [
-        ("none", 0), ("none", 1), ("residual=0.1", 0), ("residual=0.1", 1)
+    # By seed, so that a study that was stopped is balanced.
+    assert [(c["seed"], c["dropout"]) for c in trials] == [
+        (0, "none"), (0, "residual=0.1"), (1, "none"), (1, "residual=0.1")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step_s", "workers"), [({1: 4, 2: 3, 4: 2}, 4), ({1: 4, 2: 1, 4: 2}, 2), ({1: 9, 2: 5, 4: 1}, 1)]
+)
+def test_as_many_trials_run_side_by_side_as_is_measured_fastest(
+    step_s: dict[int, float], workers: int, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_cores", lambda: 4)
+    # Seconds of a step by threads; with 4 cores 4 / threads workers take theirs at once.
+    monkeypatch.setattr(
+        pretender, "measure", lambda told: {"step_s": step_s[told["threads"]] / 100, "evaluation_s": 0.01}
+    )
+    study(pretender, make_spec(settings={"steps": 20}, arms=ARMS, seeds=2, sampling=None))
+    settled = json.loads((pretender.out / "spec.json").read_text())["settled"]
+    assert (settled["workers"], settled["threads"]) == (workers, 4 // workers)
+    assert {told["threads"] for told in pretender.done("train")} == {4 // workers}
 
 
 def test_twice_the_minutes_are_about_twice_the_steps_and_too_few_are_refused(
@@ -145,6 +166,22 @@ def test_twice_the_minutes_are_about_twice_the_steps_and_too_few_are_refused(
     with pytest.raises(ConfigError, match=r"2 minutes are too few for 4 trials .* give about \d+ minutes"):
         study(pretender, make_spec(settings={"minutes": 2}, arms=ARMS, seeds=2, sampling=None))
     assert not (tmp_path / "slow" / "spec.json").exists()
+
+
+def test_the_commands_that_are_told_hold_for_any_name_of_a_folder(pretender: Pretender) -> None:
+    pretender.out = pretender.out.with_name("it's one")
+    spec = make_spec(settings={"steps": 20}, arms=ARMS, seeds=2, sampling=None)
+    commands = study(pretender, spec).how.commands
+    assert shlex.split(commands["report"]) == ["twodice", "report", str(pretender.out)]
+    assert shlex.split(commands["generate"])[:3] == ["twodice", "generate", str(pretender.out / "best")]
+    assert f"({str(pretender.out / 'best')!r})" in commands["load"]
+
+
+def test_the_trials_of_a_finished_study_may_be_cleared_away(pretender: Pretender) -> None:
+    spec = make_spec(settings={"steps": 20}, arms=ARMS, seeds=2, sampling=None)
+    before = study(pretender, spec)
+    shutil.rmtree(pretender.out / "trials")
+    assert study(pretender, spec) == before and (pretender.out / "best").is_dir()
 
 
 def test_a_setting_is_tuned_for_each_arm_on_validation_a_and_the_report_says_so(pretender: Pretender) -> None:
@@ -176,3 +213,10 @@ def test_the_flag_that_tunes_is_counted_in_the_plan(
     told = json.loads(capsys.readouterr().out)
     assert stop.value.code in (0, None)
     assert (told["tuning_trials"], told["trials"], told["minutes"]) == (6, 10, 5)
+    assert told["smallest_difference_in_sd"] == smallest_detectable(2, 1)
+    with pytest.raises(SystemExit):
+        main([*words, "--plan"])
+    said = capsys.readouterr().out
+    assert "2 arms x 2 seeds + 6 to tune = 10" in said and "5 min in all" in said
+    assert f"a true difference of {smallest_detectable(2, 1):.1f} standard deviations" in said
+    assert not list(tmp_path.iterdir())

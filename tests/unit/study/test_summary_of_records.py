@@ -12,14 +12,17 @@ from tests.support.example_records import example_records, example_spec
 from tests.support.example_report import example_report
 
 from twodice.errors import ConfigError, DataError
+from twodice.random.keys import Key
 from twodice.study import compare, schema
 from twodice.study.answer import details_of
 from twodice.study.effects import effects
 from twodice.study.records import RECORDS, Recorder, read_records
 from twodice.study.report import settings_text
-from twodice.study.sanity import xz_bits_per_byte
+from twodice.study.sanity import sanity_of, xz_bits_per_byte
 from twodice.study.summary import choose_cross, earlier_sd_percent, summarise, write_summary
 from twodice.study.words import brief, percent
+from twodice.text.corpora import load_documents
+from twodice.text.store import prepare
 
 
 def write(folder: Path, records: list[dict[str, object]]) -> None:
@@ -164,6 +167,19 @@ def test_a_baseline_with_dropout_is_never_called_the_model_without() -> None:
     assert "all dropout off" not in settings_text(baseline)
 
 
+def test_records_that_cannot_be_read_are_one_clear_error(tmp_path: Path) -> None:
+    whole = example_records()
+    without_digest = {**whole[0], "data": {k: v for k, v in whole[0]["data"].items() if k != "digest"}}
+    without_steps = {k: v for k, v in whole[1].items() if k != "evaluations"}
+    for number, (record, said) in enumerate(
+        ((without_digest, "Facts digest is missing"), (without_steps, "'evaluations' is missing in one"))
+    ):
+        write(tmp_path, [*whole[:number], record, *whole[number + 1 :]])
+        with pytest.raises(DataError) as error:
+            write_summary(tmp_path)
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_line_that_a_kill_cut_short_is_taken_away_and_nothing_else(tmp_path: Path) -> None:
     log = Recorder(tmp_path)
     log.write({"kind": "trial", "arm": "a", "seed": 0})
@@ -198,6 +214,15 @@ def test_xz_needs_nothing_for_text_it_has_seen_and_8_bits_for_noise() -> None:
     assert xz_bits_per_byte(text, text) < 0.4
     noise = "".join(map(chr, np.random.default_rng(1).integers(33, 127, 4000)))
     assert xz_bits_per_byte(text, [noise]) == pytest.approx(math.log2(94), rel=0.05)
+
+
+def test_a_drawn_text_is_held_against_its_true_entropy_too(tmp_path: Path) -> None:
+    corpus = load_documents(["markov:bytes=20000,symbols=4"])
+    store = prepare(corpus, context=16, key=Key(0), out=tmp_path / "store")
+    xz, truth = sanity_of(store)
+    assert corpus.entropy_nats_per_byte is not None
+    assert truth["value"] == corpus.entropy_nats_per_byte / math.log(2) and truth["unit"] == "bits per byte"
+    assert truth["value"] < xz["value"] < 2 * truth["value"]  # no compressor does better than the source
 
 
 def test_effects_of_the_cross_are_adjusted_for_their_number() -> None:
@@ -278,6 +303,15 @@ def test_few_readings_are_named_as_the_reason_only_where_they_were_few() -> None
     assert "does not overfit in 20 steps: its loss on unseen text ends 0.02 % above" in few
     assert "was read about 2 times; dropout is for texts that are read many times" in few
     assert "although the training text was read about 40 times" in many and "dropout is for" not in many
+    assert "still improving" not in few
+    rising = calm.curve.validation_nats_per_token
+    short = calm.model_copy(
+        update={"curve": calm.curve.model_copy(update={"validation_nats_per_token": rising[:2]})}
+    )
+    told = details_of(report.model_copy(update={"arms": [short, *report.arms[1:]]}))
+    assert (
+        "'neither' was still improving at its last step: after more steps the answer may be another." in told
+    )
 
 
 def test_what_wins_only_at_the_end_is_held_against_stopping_early() -> None:
@@ -306,7 +340,7 @@ def test_an_arm_that_helps_is_the_answer_with_its_interval() -> None:
     ends = f"[{brief(-told.percent.high)}, {brief(-told.percent.low)}]"
     assert dropout.words == f"helps by {brief(-told.percent.mean)} % {ends}"
     assert report.answer.startswith(
-        f"On this text dropout {dropout.words} against 'neither' (arm 'dropout'); without dropout "
+        f"On this text dropout {dropout.words} against 'neither' (arm 'dropout'); without dropout, "
     )
 
 
@@ -364,7 +398,7 @@ def test_dropout_is_credited_where_an_arm_that_is_alike_but_for_it_does_worse() 
     alone, on_top = report.dropout_contrasts
     assert report.answer.startswith(
         f"On this text dropout {alone.words} against 'neither' (arm 'dropout') and {on_top.words} on top of "
-        "'weight decay' (arm 'both'); without dropout "
+        "'weight decay' (arm 'both'); without dropout, "
     )
     report = summarise(
         records_of_four_arms({"neither": 3.0, "dropout": 3.0, "weight decay": 2.9, "both": 2.95})

@@ -34,15 +34,45 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "said"),
     [
-        ("lr", "0"), ("lr", "nan"), ("lr", "inf"), ("beta1", "1"), ("weight_decay", "-1"), ("batch", "0"),
-        ("share", "0"), ("share", "1.5"), ("seed", str(2**64)), ("steps", "1.5"), ("dtype", "float8"),
+        ("lr", "0", "optimizer.lr must be a number in (0, inf); got '0'"),
+        ("lr", "nan", "optimizer.lr must be a number in (0, inf); got 'nan'"),
+        ("lr", "inf", "optimizer.lr must be a number in (0, inf); got 'inf'"),
+        ("beta1", "1", "optimizer.beta1 must be a number in [0, 1); got '1'"),
+        ("weight_decay", "heavy", "optimizer.weight_decay must be a number in [0, inf); got 'heavy'"),
+        ("batch", "0", "batch must be an integer in [1, inf); got '0'"),
+        ("share", "1.5", "share must be a number in (0, 1]; got '1.5'"),
+        ("seed", str(2**64), f"seed must be an integer in [-2^63, 2^64); got '{2**64}'"),
+        ("steps", "1.5", "steps must be an integer in [1, inf); got '1.5'"),
+        ("dtype", "float8", "dtype must be one of auto, float32, bfloat16; got 'float8'"),
     ],
-)  # fmt: skip
-def test_a_value_out_of_range_is_refused_by_name(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=name):
+)
+def test_a_value_out_of_range_is_refused_with_what_must_hold_and_what_came(
+    name: str, value: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
         with_setting(TrainConfig(), name, value)
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"optimizer": 3}, "optimizer must be a table; got 3"),
+        ({"data": "a.txt"}, "data must be a list of at least 1, each text; got 'a.txt'"),
+        ({"lr": 1}, "no setting 'lr'; did you mean 'optimizer.lr'?"),
+        ({"data": [3]}, "data.0 must be text; got 3"),
+        (
+            {"model": 3, "batch": 1.5},
+            "model must be text; got 3; batch must be an integer in [1, inf); got 1.5",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_the_same_words(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_config(values)
+    assert str(error.value) == said
 
 
 def test_a_setting_is_changed_by_its_last_name_or_its_dotted_one() -> None:
