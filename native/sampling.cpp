@@ -14,6 +14,7 @@
 #include "sampling_edit.hpp"
 #include "sampling_types.hpp"
 #include "threads.hpp"
+#include "vector16.hpp"
 
 namespace nb = nanobind;
 
@@ -21,7 +22,7 @@ namespace twodice {
 namespace {
 
 constexpr int64_t kBlock = 128;  // values a block maximum stands for
-constexpr int64_t kBuckets = 1024;
+constexpr int64_t kDrawn = 8;    // blocks whose noise is made in one go
 
 namespace portable {
 #include "sampling_vector.hpp"
@@ -40,6 +41,24 @@ namespace avx2 {
 #include "sampling_vector.hpp"
 #include "sampling_row.hpp"
 }
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq")
+#endif
+#define TWODICE_LEVEL_AVX512 1
+namespace avx512 {
+#include "sampling_vector.hpp"
+#include "sampling_row.hpp"
+}
+#undef TWODICE_LEVEL_AVX512
 #undef TWODICE_LEVEL_AVX2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -50,7 +69,11 @@ namespace avx2 {
 
 int run_row(const Logits& in, const Job& job, Scratch& scratch, int64_t row, Result& out) {
 #if TWODICE_X86
-    if (simd_level().load(std::memory_order_relaxed) >= Simd::avx2) return avx2::run_row(in, job, scratch, row, out);
+    switch (simd_level().load(std::memory_order_relaxed)) {
+        case Simd::avx512: return avx512::run_row(in, job, scratch, row, out);
+        case Simd::avx2: return avx2::run_row(in, job, scratch, row, out);
+        default: break;
+    }
 #endif
     return portable::run_row(in, job, scratch, row, out);
 }
@@ -168,7 +191,11 @@ void weights_of(uintptr_t z, int64_t count, uintptr_t out) {
     const double* const values = at<const double>(z);
     int64_t* const found = at<int64_t>(out);
 #if TWODICE_X86
-    if (simd_level().load(std::memory_order_relaxed) >= Simd::avx2) return avx2::weigh(values, count, 0.0, 1.0, found);
+    switch (simd_level().load(std::memory_order_relaxed)) {
+        case Simd::avx512: return avx512::weigh(values, count, 0.0, 1.0, found);
+        case Simd::avx2: return avx2::weigh(values, count, 0.0, 1.0, found);
+        default: break;
+    }
 #endif
     portable::weigh(values, count, 0.0, 1.0, found);
 }

@@ -50,8 +50,12 @@ class Chain {
                     static_cast<uint32_t>(job_.completions ? job_.completions[row] : job_.one_completion),
                     kPurposeToken};
         top_ = wide_max_;
-        for (const uint8_t* stage = set.stages; *stage != kEnd; ++stage) apply(*stage, set, row);
-        const Key drawn = greedy_ ? list()[0] : have_list_ ? draw_list() : draw_all();
+        const uint8_t* stage = set.stages;
+        for (; *stage != kEnd; ++stage) {
+            if (*stage == kTopP && whole() && !(set.rules & kJoint) && lazy(stage)) break;
+            apply(*stage, set, row);
+        }
+        const Key drawn = *stage != kEnd ? draw_top_p(set.top_p) : greedy_ ? list()[0] : have_list_ ? draw_list() : draw_all();
         if (steered_) job_.state[row] = mu_ - set.mirostat_eta * (surprise_of(drawn) - set.mirostat_tau);
         finish(row, drawn, out);
         return kOk;
@@ -124,10 +128,10 @@ class Chain {
     int prepare(int64_t row, const Settings& set) {
         const char* start = in_.data + row * in_.row_bytes;
         const bool direct = in_.column_stride == 1 && in_.type == (sizeof(F) == 4 ? kFloat32 : kFloat64);
-        const bool is_edited = edited(set);
+        edited_ = edited(set);
         n_ = in_.vocabulary;
         auto& values = s_.template buffers<F>().values;
-        if (direct && !is_edited) {
+        if (direct && !edited_) {
             x_ = reinterpret_cast<const F*>(start);
         } else {
             values.resize(n_);
@@ -138,7 +142,7 @@ class Chain {
         if (take_maxima(0, block_count())) return kNan;
         take_top();
         if (max_ == INFINITY) return kInfinite;
-        if (is_edited) {
+        if (edited_) {
             edit(row, set, values);
             take_top();
             if (max_ == INFINITY) return kInfinite;
@@ -297,6 +301,11 @@ class Chain {
         out.clear();
         for (int64_t b = 0; b < block_count(); ++b)
             if (maxima()[b] >= bound) collect_block(b, bound, out);
+    }
+
+    void collect_block(int64_t b, F low, F high, std::vector<Key>& out) const {
+        for (int64_t i = b * kBlock; i < block_end(b); ++i)
+            if (x_[i] >= low && x_[i] <= high && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
     }
 
     void collect_block(int64_t b, F bound, std::vector<Key>& out) const {
@@ -486,8 +495,9 @@ class Chain {
         return need < total ? need : total;
     }
 
-    void keep_mass(int64_t need) {
-        const int64_t length = prefix(
+    // Length of the shortest prefix of the list whose mass reaches `need`, or the whole length.
+    int64_t mass_prefix(int64_t need) {
+        return prefix(
             int64_t{0},
             [&](int64_t& sum, const F* x, int64_t count) {
                 int64_t weight[kChunk];
@@ -495,7 +505,6 @@ class Chain {
                 for (int64_t j = 0; j < count; ++j) sum += weight[j];
             },
             [&](int64_t sum) { return sum >= need; });
-        list().resize(length);
     }
 
     void top_p(double p, bool joint) {
@@ -505,7 +514,7 @@ class Chain {
         }
         if (!joint) {
             make_list();
-            keep_mass(need_of(p, total()));
+            list().resize(mass_prefix(need_of(p, total())));
             return;
         }
         int64_t all = 0;
@@ -516,86 +525,141 @@ class Chain {
             for (int64_t j = 0; j < count; ++j) all += weight[j];
         }
         make_list();
-        keep_mass(need_of(p, all) + 1);  // a prefix that reaches the need exactly has one token more
+        list().resize(mass_prefix(need_of(p, all) + 1));  // a prefix that reaches the need exactly has one token more
     }
 
-    // Masses of the whole row, in kBuckets equal slices of z from 0 down to -30, below which every mass is 0. Four
-    // histograms side by side, since neighbours in a flat row would wait for each other's sum. Returns the total.
-    int64_t fill_buckets(int64_t* mass) const {
-        constexpr int64_t kChunk = 256;
-        int64_t weight[kChunk];
-        int32_t bucket[kChunk];
-        std::vector<int64_t>& part = s_.buckets;
-        part.assign(4 * kBuckets, 0);
-        const double m = wide_max_, t = temperature_;
-        for (int64_t begin = 0; begin < n_; begin += kChunk) {
-            const int64_t count = n_ - begin < kChunk ? n_ - begin : kChunk;
-            const F* const x = x_ + begin;
-            masses<F>(x, count, m, t, kBuckets / 30.0, weight, bucket);
-            for (int64_t j = 0; j < count; ++j) part[(j & 3) * kBuckets + bucket[j]] += weight[j];
-        }
-        int64_t total = 0;
-        for (int64_t i = 0; i < kBuckets; ++i) {
-            mass[i] = part[i] + part[kBuckets + i] + part[2 * kBuckets + i] + part[3 * kBuckets + i];
-            total += mass[i];
-        }
-        return total;
-    }
+    // ---- top-p over a whole row, without a list of it ----
 
-    // Monotone in z: a later token in the order never has an earlier bucket.
-    static inline int32_t bucket_of(double z, double top, double per_unit) {
-        const double at = (top - z) * per_unit;
-        return static_cast<int32_t>(at < kBuckets - 1 ? at : kBuckets - 1);
-    }
-
-    // The bucket in which the running sum reaches `need`; `need` becomes what is still wanted of it.
-    static int64_t crossing(const int64_t* mass, int64_t& need) {
-        int64_t b = 0;
-        for (; mass[b] < need; ++b) need -= mass[b];
-        return b;
-    }
-
-    // The key of the token that crosses: one histogram of the row, then finer ones of the bucket that holds the cut,
-    // until it is small enough to sort. All sums are integers, so this is the answer of the sorted prefix.
-    Key cut_of(int64_t* mass, int64_t need) {
-        double top = 0.0, per_unit = kBuckets / 30.0;
-        int64_t b = crossing(mass, need);
-        auto& keys = list();
-        keys.clear();
-        for (int64_t block = 0; block < block_count(); ++block) {
-            if (bucket_of(z_of(maxima()[block]), top, per_unit) > b) continue;
-            for (int64_t i = block * kBlock; i < block_end(block); ++i)
-                if (x_[i] > -INFINITY && bucket_of(z_of(x_[i]), top, per_unit) == b)
-                    keys.push_back(key(x_[i], static_cast<uint32_t>(i)));
-        }
-        for (int level = 0; level < 3 && keys.size() > 2048; ++level) {
-            top -= static_cast<double>(b) / per_unit;
-            per_unit *= kBuckets / 2;  // half: the slices overlap the bucket's ends whatever was rounded
-            std::fill(mass, mass + kBuckets, 0);
-            const double start = top + 0.25 * kBuckets / per_unit;
-            for (const Key k : keys) mass[slice(z_of(k), start, per_unit)] += noise_weight(z_of(k));
-            b = crossing(mass, need);
-            keys.erase(std::remove_if(keys.begin(), keys.end(),
-                                      [&](Key k) { return slice(z_of(k), start, per_unit) != b; }),
-                       keys.end());
-            top = start;
-        }
-        std::sort(keys.begin(), keys.end(), std::greater<Key>());
-        int64_t sum = 0;
-        for (const Key k : keys)
-            if ((sum += noise_weight(z_of(k))) >= need) return k;
-        return keys.back();
-    }
-
-    static int32_t slice(double z, double top, double per_unit) {
-        const int32_t b = bucket_of(z, top, per_unit);
-        return b < 0 ? 0 : b;
-    }
-
+    // The exact prefix. A sample of the row says between which two values the cut will lie; one pass adds up the masses of
+    // all, of what stands above this window, and collects what is in it. Where the cut is not there after all, the window
+    // becomes the rest of the row.
     void top_p_whole(double p) {
-        int64_t mass[kBuckets];
-        const int64_t need = need_of(p, fill_buckets(mass));
-        keep_from(cut_of(mass, need));
+        F low, high;
+        window(p, low, high);
+        auto& keys = list();
+        for (;;) {
+            int64_t all = 0, above = 0;
+            keys.clear();
+            for (int64_t b = 0; b < block_count(); ++b) {
+                int64_t weight[kBlock];
+                const int64_t begin = b * kBlock, count = block_end(b) - begin;
+                weigh<F>(x_ + begin, count, top_, temperature_, weight);
+                int64_t sum = 0, over = 0;
+                for (int64_t j = 0; j < count; ++j) sum += weight[j];
+                if (maxima()[b] > high)
+                    for (int64_t j = 0; j < count; ++j) over += x_[begin + j] > high ? weight[j] : 0;
+                all += sum, above += over;
+                if (maxima()[b] >= low) collect_block(b, low, high, keys);
+            }
+            const int64_t need = need_of(p, all);
+            have_list_ = true;
+            sorted_ = false;
+            const int64_t inside = above < need ? total() : 0;
+            if (above < need && above + inside >= need) {
+                const int64_t length = mass_prefix(need - above);
+                const Key last = *std::min_element(keys.begin(), keys.begin() + length);
+                have_list_ = false;
+                keep_from(last);
+                return;
+            }
+            have_list_ = false;
+            low = -INFINITY;
+            high = max_;
+        }
+    }
+
+    // Between which values the cut lies, by a sample of at most 1,024 tokens: half of the window's mass to each side of the
+    // need, by far more than the sample is likely to be wrong by.
+    void window(double p, F& low, F& high) const {
+        constexpr int64_t kSample = 1024;
+        low = -INFINITY;
+        high = max_;
+        if (n_ < 4 * kSample) return;
+        F values[kSample];
+        int64_t weight[kSample];
+        const int64_t step = n_ / kSample;
+        for (int64_t j = 0; j < kSample; ++j) values[j] = x_[j * step];
+        std::sort(values, values + kSample, std::greater<F>());
+        weigh<F>(values, kSample, top_, temperature_, weight);
+        double all = 0, sum = 0;
+        for (const int64_t w : weight) all += static_cast<double>(w);
+        if (!(all > 0)) return;
+        const double margin = 0.06;
+        bool open = true;
+        for (int64_t j = 0; j < kSample; ++j) {
+            sum += static_cast<double>(weight[j]);
+            if (open && sum >= (p - margin) * all) {
+                if (j > 0 && p > margin) high = values[j - 1];
+                open = false;
+            }
+            if (sum > (p + margin) * all) {
+                low = values[j];
+                return;
+            }
+        }
+    }
+
+    static constexpr int64_t kLazy = 1024;  // tokens; below, the exact way is as fast
+
+    // Whether the prefix need not be known: nothing follows that reads it.
+    bool lazy(const uint8_t* stage) const {
+        constexpr int kReads = kNeedLogprob | kNeedKept | kNeedMass | kNeedEntropy;
+        return sizeof(F) == 4 && stage[1] == kEnd && (job_.need & kReads) == 0 && temperature_ > 1e-4 &&
+               temperature_ < 1e4 && n_ >= kLazy;
+    }
+
+    // Draws under top-p without its cut: the token drawn from everything is the one of the kept ones if it is kept, which
+    // is seen from the mass that stands before it. If it is not, the cut lies above it, and what is above is drawn again.
+    // Masses are summed in float32 with a bound; what this cannot decide goes the exact way.
+    Key draw_top_p(double p) {
+        const float inverse = static_cast<float>(1.0 / temperature_), top = static_cast<float>(max_);
+        const float* const x = reinterpret_cast<const float*>(x_);
+        if (peaked(top, inverse) && head_top_p(p, rough_sums(x, n_, top, inverse, INFINITY).all)) return draw_list();
+        for (int tries = 0; p > 0.1 && tries < 8; ++tries) {
+            const Key drawn = draw_all();
+            const float value = static_cast<float>(x_[index(drawn)]);
+            // At least what stands before the token: everything above it, and its equals but itself.
+            const Rough most = rough_sums(x, n_, top, inverse, std::nextafter(value, -INFINITY));
+            const double error = kRough * most.all;
+            if (most.above - noise_exp(z_of(static_cast<F>(value))) + error < p * (most.all - error)) return drawn;
+            if (drawn == first()) return drawn;
+            const Rough least = rough_sums(x, n_, top, inverse, value);
+            if (least.above - error <= p * (least.all + error)) break;
+            cut_ = drawn + 1;
+        }
+        cut_ = 0;
+        top_p_whole(p);
+        return have_list_ ? draw_list() : draw_all();
+    }
+
+    static constexpr int64_t kHead = 64;
+
+    // Whether a few tokens are likely to hold the mass that top-p asks for: few block maxima are near the top.
+    bool peaked(float top, float inverse) const {
+        const float* const m = reinterpret_cast<const float*>(maxima().data());
+        return rough_sums(m, block_count(), top, inverse, INFINITY).all < 6.0;
+    }
+
+    // Keep the prefix among the first `kHead` tokens, if the bounds on the sum of all say which one it is.
+    bool head_top_p(double p, double all) {
+        const double error = kRough * all;
+        select(kHead, list());
+        have_list_ = true;
+        sorted_ = false;
+        sort_list();
+        auto& keys = list();
+        double sum = 0;
+        size_t length = 0;
+        for (; length < keys.size(); ++length) {
+            if (length > 0 && sum >= p * (all - error)) {  // may be enough already
+                if (sum < p * (all + error)) break;
+                keys.resize(length);
+                return true;
+            }
+            sum += static_cast<double>(noise_weight(z_of(keys[length]))) * 0x1p-42;
+        }
+        have_list_ = sorted_ = false;
+        return false;
     }
 
     void top_h(double share) {
@@ -737,9 +801,20 @@ class Chain {
         const uint32_t first = argmax();  // a good score early lets most others go unread
         if (key(x_[first], first) >= cut_) best.offer(0.0 + gumbel(at_, id_of(first)), first);
         const F* m = maxima().data();
-        for (int64_t b = 0; b < block_count(); ++b) {
-            if (z_of(m[b]) + 45.1 < best.score || (least_of(m[b]) | 0xFFFFFFFFu) < cut_) continue;
-            draw_block(at_, b, best);
+        int64_t begin = 0;
+        while (begin < block_count()) {
+            // Blocks that stand behind each other are drawn in one go.
+            auto wanted = [&](int64_t b) {
+                return z_of(m[b]) + 45.1 >= best.score && (least_of(m[b]) | 0xFFFFFFFFu) >= cut_;
+            };
+            if (!wanted(begin)) {
+                ++begin;
+                continue;
+            }
+            int64_t end = begin + 1;
+            while (end < block_count() && end - begin < kDrawn && wanted(end)) ++end;
+            draw_blocks(begin, end, best);
+            begin = end;
         }
         return key(x_[best.index], best.index);
     }
@@ -751,27 +826,49 @@ class Chain {
         best.offer(z + gumbel_from_bits(uniform64(at, id_of(index), high)), index);
     }
 
-    void draw_block(const Place& at, int64_t b, Best& best) const {
-        const uint32_t begin = static_cast<uint32_t>(b * kBlock), end = static_cast<uint32_t>(block_end(b));
+    void draw_blocks(int64_t from, int64_t to, Best& best) const {
+        const uint32_t begin = static_cast<uint32_t>(from * kBlock), end = static_cast<uint32_t>(block_end(to - 1));
         if (ids_) {
             for (uint32_t i = begin; i < end; ++i) {
                 const double z = z_of(x_[i]);
                 if (z + 45.1 < best.score) continue;
-                try_one(at, i, leading16(at, id_of(i)), best);
+                try_one(at_, i, leading16(at_, id_of(i)), best);
             }
             return;
         }
-        alignas(32) uint16_t lanes[kBlock];
+        alignas(64) uint16_t lanes[kDrawn * kBlock];
         fill_lanes(run_, begin >> 3, (end - begin + 7) / 8, lanes);
         uint32_t i = begin;
-#ifdef TWODICE_LEVEL_AVX2
-        // z + bound > score in float32 for 8 tokens at once. The margin covers its rounding; a NaN (0 * inf at a tiny
+        // z + bound > score in float32 for many tokens at once. The margin covers its rounding; a NaN (0 * inf at a tiny
         // temperature) passes on to the exact test. A difference of logits that overflows is decided by it only while the
         // temperature cannot bring it back.
-        const float inverse = static_cast<float>(1.0 / temperature_);
-        const __m256 scale = _mm256_set1_ps(inverse), top = _mm256_set1_ps(static_cast<float>(max_));
-        const __m256 slope = _mm256_set1_ps(-0x1p-23f * 0.6931472f), offset = _mm256_set1_ps(143.0f * 0.6931472f);
+#if defined(TWODICE_LEVEL_AVX512)
         if (sizeof(F) == 4 && temperature_ < 1e30) {
+            const __m512 scale = _mm512_set1_ps(static_cast<float>(1.0 / temperature_));
+            const __m512 top = _mm512_set1_ps(static_cast<float>(max_));
+            const __m512 slope = _mm512_set1_ps(-0x1p-23f * 0.6931472f), offset = _mm512_set1_ps(143.0f * 0.6931472f);
+            __m512 least = _mm512_set1_ps(static_cast<float>(best.score) - 2e-3f);
+            for (; i + 16 <= end; i += 16) {
+                const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + (i - begin)));
+                const __m512 h = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(high));
+                const __m512 bits = _mm512_cvtepi32_ps(_mm512_castps_si512(h));
+                const __m512 bound = _mm512_add_ps(_mm512_mul_ps(bits, slope), offset);
+                const __m512 x = _mm512_loadu_ps(reinterpret_cast<const float*>(x_ + i));
+                const __m512 z = _mm512_mul_ps(_mm512_sub_ps(x, top), scale);
+                unsigned mask = _mm512_cmp_ps_mask(_mm512_add_ps(z, bound), least, _CMP_NLE_UQ);
+                if (mask == 0) continue;
+                for (; mask != 0; mask &= mask - 1) {
+                    const uint32_t j = i + static_cast<uint32_t>(__builtin_ctz(mask));
+                    try_one(at_, j, lanes[j - begin], best);
+                }
+                least = _mm512_set1_ps(static_cast<float>(best.score) - 2e-3f);
+            }
+        }
+#elif defined(TWODICE_LEVEL_AVX2)
+        if (sizeof(F) == 4 && temperature_ < 1e30) {
+            const __m256 scale = _mm256_set1_ps(static_cast<float>(1.0 / temperature_));
+            const __m256 top = _mm256_set1_ps(static_cast<float>(max_));
+            const __m256 slope = _mm256_set1_ps(-0x1p-23f * 0.6931472f), offset = _mm256_set1_ps(143.0f * 0.6931472f);
             __m256 least = _mm256_set1_ps(static_cast<float>(best.score) - 2e-3f);
             for (; i + 8 <= end; i += 8) {
                 const __m128i high = _mm_load_si128(reinterpret_cast<const __m128i*>(lanes + (i - begin)));
@@ -785,13 +882,13 @@ class Chain {
                 if (mask == 0) continue;
                 for (; mask != 0; mask &= mask - 1) {
                     const uint32_t j = i + static_cast<uint32_t>(__builtin_ctz(mask));
-                    try_one(at, j, lanes[j - begin], best);
+                    try_one(at_, j, lanes[j - begin], best);
                 }
                 least = _mm256_set1_ps(static_cast<float>(best.score) - 2e-3f);
             }
         }
 #endif
-        for (; i < end; ++i) try_one(at, i, lanes[i - begin], best);
+        for (; i < end; ++i) try_one(at_, i, lanes[i - begin], best);
     }
 
     // ---- everything that was asked for beside the token ----
@@ -849,15 +946,18 @@ class Chain {
     }
 
     void raw(int64_t row, Result& out) const {
-        auto& values = s_.template buffers<F>().raw;
-        values.resize(in_.vocabulary);
-        widen<F>(in_, in_.data + row * in_.row_bytes, values.data());
-        F top = -INFINITY;
-        for (const F v : values) top = v > top ? v : top;
-        const double m = static_cast<double>(top);
+        const F* x = x_;
+        double top = wide_max_;
+        if (edited_) {
+            auto& values = s_.template buffers<F>().raw;
+            values.resize(in_.vocabulary);
+            widen<F>(in_, in_.data + row * in_.row_bytes, values.data());
+            x = values.data();
+            top = static_cast<double>(*std::max_element(values.begin(), values.end()));
+        }
         Sums all;
-        sum_exps<F>(values.data(), in_.vocabulary, m, 1.0, all);
-        out.raw = static_cast<double>(values[out.token]) - m - std::log(all.mass);
+        sum_exps<F>(x, in_.vocabulary, top, 1.0, all);
+        out.raw = static_cast<double>(x[out.token]) - top - std::log(all.mass);
     }
 
     const Logits& in_;
@@ -874,7 +974,7 @@ class Chain {
     double shift_ = 0, rest_ = 0;
     Place at_{};
     Run run_;  // of the draw
-    bool have_list_ = false, sorted_ = false, greedy_ = false, steered_ = false;
+    bool have_list_ = false, sorted_ = false, greedy_ = false, steered_ = false, edited_ = false;
 };
 
 int run_row(const Logits& in, const Job& job, Scratch& scratch, int64_t row, Result& out) {

@@ -14,7 +14,29 @@ inline F block_max(const F* x, int64_t count, bool& bad) {
     return best;
 }
 
-#ifdef TWODICE_LEVEL_AVX2
+#ifdef TWODICE_LEVEL_AVX512
+template <>
+inline float block_max<float>(const float* x, int64_t count, bool& bad) {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    __m512 best = none, other = none;
+    __mmask16 nan = 0;
+    int64_t j = 0;
+    for (; j + 32 <= count; j += 32) {
+        const __m512 a = _mm512_loadu_ps(x + j), b = _mm512_loadu_ps(x + j + 16);
+        nan = static_cast<__mmask16>(nan | _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q));
+        best = _mm512_max_ps(best, a);
+        other = _mm512_max_ps(other, b);
+    }
+    for (; j < count; j += 16) {
+        const __mmask16 there = count - j < 16 ? static_cast<__mmask16>((1u << (count - j)) - 1) : 0xFFFF;
+        const __m512 a = _mm512_mask_loadu_ps(none, there, x + j);
+        nan = static_cast<__mmask16>(nan | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q));
+        best = _mm512_max_ps(best, a);
+    }
+    bad |= nan != 0;
+    return _mm512_reduce_max_ps(_mm512_max_ps(best, other));
+}
+#elif defined(TWODICE_LEVEL_AVX2)
 template <>
 inline float block_max<float>(const float* x, int64_t count, bool& bad) {
     if (count != kBlock) {
@@ -59,6 +81,28 @@ inline __m256d exp4(__m256d z) {
     return _mm256_mul_pd(y, _mm256_castsi256_pd(scale));
 }
 
+#ifdef TWODICE_LEVEL_AVX512
+// noise_exp of eight numbers, the same operations.
+inline __m512d exp8(__m512d z) {
+    const __m512d low = _mm512_max_pd(z, _mm512_set1_pd(-700.0)), round = _mm512_set1_pd(kRound);
+    const __m512d shifted = _mm512_add_pd(_mm512_mul_pd(low, _mm512_set1_pd(kLog2E)), round);
+    const __m512d n = _mm512_sub_pd(shifted, round);
+    const __m512d r = _mm512_sub_pd(_mm512_sub_pd(low, _mm512_mul_pd(n, _mm512_set1_pd(kLn2High))),
+                                    _mm512_mul_pd(n, _mm512_set1_pd(kLn2Low)));
+    constexpr double c[11] = {1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0,
+                              1.0 / 24.0,      1.0 / 6.0,      0.5,           1.0,          1.0};
+    __m512d y = _mm512_set1_pd(1.0 / 39916800.0);
+#pragma GCC unroll 11
+    for (const double term : c) y = _mm512_add_pd(_mm512_mul_pd(y, r), _mm512_set1_pd(term));
+    const __m512i scale = _mm512_add_epi64(_mm512_slli_epi64(_mm512_castpd_si512(shifted), 52),
+                                           _mm512_set1_epi64(kOneBits));
+    return _mm512_mul_pd(y, _mm512_castsi512_pd(scale));
+}
+
+inline __m512d load8(const float* x) { return _mm512_cvtps_pd(_mm256_loadu_ps(x)); }
+inline __m512d load8(const double* x) { return _mm512_loadu_pd(x); }
+#endif
+
 inline __m256d load4(const float* x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
 inline __m256d load4(const double* x) { return _mm256_loadu_pd(x); }
 #endif
@@ -67,6 +111,15 @@ inline __m256d load4(const double* x) { return _mm256_loadu_pd(x); }
 template <class F>
 inline void weigh(const F* x, int64_t count, double m, double t, int64_t* weight) {
     int64_t j = 0;
+#ifdef TWODICE_LEVEL_AVX512
+    const __m512d top8 = _mm512_set1_pd(m), warm8 = _mm512_set1_pd(t), round8 = _mm512_set1_pd(kRound);
+    for (; j + 8 <= count; j += 8) {
+        __m512d z = _mm512_sub_pd(load8(x + j), top8);
+        if (t != 1.0) z = _mm512_div_pd(z, warm8);
+        const __m512d scaled = _mm512_add_pd(_mm512_mul_pd(exp8(z), _mm512_set1_pd(0x1p42)), round8);
+        _mm512_storeu_si512(weight + j, _mm512_sub_epi64(_mm512_castpd_si512(scaled), _mm512_set1_epi64(kRoundBits)));
+    }
+#endif
 #ifdef TWODICE_LEVEL_AVX2
     const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t), round = _mm256_set1_pd(kRound);
     for (; j + 4 <= count; j += 4) {
@@ -91,28 +144,73 @@ inline void weigh_moments(const F* x, int64_t count, double m, double t, int64_t
     }
 }
 
-// z, mass and bucket of `count` logits.
-template <class F>
-inline void masses(const F* x, int64_t count, double m, double t, double per_unit, int64_t* weight, int32_t* bucket) {
-    int64_t j = 0;
+// What a sum of float32 exponentials may be wrong by, as a share of the sum of masses of the whole row. The difference
+// to the top and its way to a power of two round by 2^-24 four times, of 31 at most where a mass counts: 2^-17.1; the
+// exponential and the sums are wrong by less than 2^-18; a mass is a multiple of 2^-42, 2^20 of them are wrong by 2^-23.
+constexpr double kRough = 0x1p-16;
+
+// Sums of exp((x - top) / t) in float32: of all, and of those above `bound`; within kRough of the masses. For
+// temperatures whose reciprocal float32 holds.
+struct Rough {
+    double all = 0, above = 0;
+};
+
 #ifdef TWODICE_LEVEL_AVX2
-    const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t), round = _mm256_set1_pd(kRound);
-    const __m256d last = _mm256_set1_pd(static_cast<double>(kBuckets - 1)), per = _mm256_set1_pd(per_unit);
-    for (; j + 4 <= count; j += 4) {
-        __m256d z = _mm256_sub_pd(load4(x + j), top);
-        if (t != 1.0) z = _mm256_div_pd(z, warm);
-        const __m256d scaled = _mm256_add_pd(_mm256_mul_pd(exp4(z), _mm256_set1_pd(0x1p42)), round);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + j),
-                            _mm256_sub_epi64(_mm256_castpd_si256(scaled), _mm256_set1_epi64x(kRoundBits)));
-        const __m256d at = _mm256_mul_pd(_mm256_sub_pd(_mm256_setzero_pd(), z), per);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(bucket + j), _mm256_cvttpd_epi32(_mm256_min_pd(at, last)));
+using Vector16 = Vector16Avx2;
+#else
+using Vector16 = Vector16Portable;
+#endif
+
+inline Rough rough_sums(const float* x, int64_t count, float top, float inverse, float bound) {
+    constexpr int64_t kRun = 512;  // values whose sum stays in float32
+    Rough out;
+    int64_t j = 0;
+#ifdef TWODICE_LEVEL_AVX512
+    // 2^t with t split into an integer and a rest in [-1/2, 1/2], whose power is a polynomial, wrong by 2^-22.
+    const __m512 tops = _mm512_set1_ps(top), scale = _mm512_set1_ps(inverse * 1.44269504f);
+    const __m512 low = _mm512_set1_ps(-126.0f), bounds = _mm512_set1_ps(bound);
+    for (; j + kRun <= count; j += kRun) {
+        __m512 all = _mm512_setzero_ps(), above = all;
+#pragma GCC unroll 4
+        for (int64_t i = j; i < j + kRun; i += 16) {
+            const __m512 value = _mm512_loadu_ps(x + i);
+            const __m512 t = _mm512_max_ps(_mm512_mul_ps(_mm512_sub_ps(value, tops), scale), low);
+            const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m512 f = _mm512_sub_ps(t, n);
+            __m512 e = _mm512_set1_ps(1.33335581e-3f);
+            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(9.61812910e-3f));
+            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(5.55041087e-2f));
+            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(2.40226507e-1f));
+            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(6.93147181e-1f));
+            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(1.0f));
+            e = _mm512_scalef_ps(e, n);
+            all = _mm512_add_ps(all, e);
+            above = _mm512_mask_add_ps(above, _mm512_cmp_ps_mask(value, bounds, _CMP_GT_OQ), above, e);
+        }
+        out.all += static_cast<double>(_mm512_reduce_add_ps(all));
+        out.above += static_cast<double>(_mm512_reduce_add_ps(above));
+    }
+#else
+    using V = Vector16;
+    const V::F tops = V::all(top), inverses = V::all(inverse);
+    for (; j + kRun <= count; j += kRun) {
+        V::F all = V::all(0.0f), above = all;
+        for (int64_t i = j; i < j + kRun; i += 16) {
+            const V::F value = V::load(x + i);
+            const V::F e = V::exp(V::mul(V::sub(value, tops), inverses));
+            all = V::add(all, e);
+            above = V::add(above, V::or_zero(V::greater(value, bound), e));
+        }
+        out.all += static_cast<double>(V::sum(all));
+        out.above += static_cast<double>(V::sum(above));
     }
 #endif
     for (; j < count; ++j) {
-        const double z = (static_cast<double>(x[j]) - m) / t, at = (0.0 - z) * per_unit;
-        weight[j] = noise_weight(z);
-        bucket[j] = static_cast<int32_t>(at < kBuckets - 1 ? at : kBuckets - 1);
+        const double e = static_cast<double>(exp_of((x[j] - top) * inverse));
+        out.all += e;
+        if (x[j] > bound) out.above += e;
     }
+    return out;
 }
 
 // Sums of exp(z) and of z exp(z), in float64 and in no promised order; what has no mass (z may be -inf) has no moment.
@@ -128,6 +226,19 @@ struct Sums {
 template <class F>
 inline void sum_exps(const F* x, int64_t count, double m, double t, Sums& sums) {
     int64_t j = 0;
+#ifdef TWODICE_LEVEL_AVX512
+    const __m512d top8 = _mm512_set1_pd(m), warm8 = _mm512_set1_pd(t), low8 = _mm512_set1_pd(-700.0);
+    __m512d mass8 = _mm512_setzero_pd(), moment8 = _mm512_setzero_pd();
+    for (; j + 8 <= count; j += 8) {
+        __m512d z = _mm512_sub_pd(load8(x + j), top8);
+        if (t != 1.0) z = _mm512_div_pd(z, warm8);
+        const __m512d e = _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(z, low8, _CMP_GT_OQ), exp8(z));
+        mass8 = _mm512_add_pd(mass8, e);
+        moment8 = _mm512_add_pd(moment8, _mm512_mul_pd(e, _mm512_max_pd(z, low8)));
+    }
+    sums.mass += _mm512_reduce_add_pd(mass8);
+    sums.moment += _mm512_reduce_add_pd(moment8);
+#endif
 #ifdef TWODICE_LEVEL_AVX2
     const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t), low = _mm256_set1_pd(-700.0);
     __m256d mass = _mm256_setzero_pd(), moment = _mm256_setzero_pd();

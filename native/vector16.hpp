@@ -13,8 +13,8 @@ namespace twodice {
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, and for exp(r) the polynomial of Cephes' expf (Moshier),
 // within 2 units in the last place. Below kExpLow, and so at minus infinity, the result is 0; NaN stays NaN.
-constexpr float kExpLow = -87.0f, kExpHigh = 88.0f, kLog2E = 1.44269504088896341f;
-constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+constexpr float kExpLow = -87.0f, kExpHigh = 88.0f, kLog2EFloat = 1.44269504088896341f;
+constexpr float kLn2HighFloat = 0.693359375f, kLn2LowFloat = -2.12194440e-4f;
 constexpr float kExp[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                            4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -23,8 +23,8 @@ inline float exp_of(float x) {
     if (x != x) return x;
     if (x < kExpLow) return 0.0f;
     x = x > kExpHigh ? kExpHigh : x;
-    const float n = std::nearbyint(x * kLog2E);
-    const float r = (x - n * kLn2High) - n * kLn2Low;
+    const float n = std::nearbyint(x * kLog2EFloat);
+    const float r = (x - n * kLn2HighFloat) - n * kLn2LowFloat;
     float p = kExp[0];
     for (int i = 1; i < 6; ++i) p = p * r + kExp[i];
     p = p * (r * r) + r + 1.0f;
@@ -71,6 +71,11 @@ struct Vector16Portable {
         for (int i = 0; i < 16; ++i) out.v[i] = x[i] != 0;
         return out;
     }
+    static M greater(const F& a, float bound) {
+        M out;
+        for (int i = 0; i < 16; ++i) out.v[i] = a.v[i] > bound;
+        return out;
+    }
     static F where(const M& m, const F& a, const F& b) { return each([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; }); }
     static F or_zero(const M& m, const F& a) { return each([&](int i) { return m.v[i] ? a.v[i] : 0.0f; }); }
     static float sum(const F& a) {
@@ -108,10 +113,10 @@ struct Vector16Avx2 {
         const __m256 kept = _mm256_cmp_ps(x, low, _CMP_NLT_UQ);  // true for NaN
         // The second operand comes back where one is NaN, so x stays what it is.
         const __m256 y = _mm256_min_ps(_mm256_set1_ps(kExpHigh), _mm256_max_ps(low, x));
-        const __m256 n = _mm256_round_ps(_mm256_mul_ps(y, _mm256_set1_ps(kLog2E)),
+        const __m256 n = _mm256_round_ps(_mm256_mul_ps(y, _mm256_set1_ps(kLog2EFloat)),
                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        const __m256 r = _mm256_sub_ps(_mm256_sub_ps(y, _mm256_mul_ps(n, _mm256_set1_ps(kLn2High))),
-                                       _mm256_mul_ps(n, _mm256_set1_ps(kLn2Low)));
+        const __m256 r = _mm256_sub_ps(_mm256_sub_ps(y, _mm256_mul_ps(n, _mm256_set1_ps(kLn2HighFloat))),
+                                       _mm256_mul_ps(n, _mm256_set1_ps(kLn2LowFloat)));
         __m256 p = _mm256_set1_ps(kExp[0]);
 #pragma GCC unroll 5
         for (int i = 1; i < 6; ++i) p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(kExp[i]));
@@ -133,6 +138,10 @@ struct Vector16Avx2 {
         const __m256i zero = _mm256_setzero_si256();
         return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(v), zero)),
                 _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)), zero))};
+    }
+    TWODICE_HERE M greater(F x, float bound) {
+        const __m256 b = _mm256_set1_ps(bound);
+        return {_mm256_cmp_ps(x.a, b, _CMP_GT_OQ), _mm256_cmp_ps(x.b, b, _CMP_GT_OQ)};
     }
     TWODICE_HERE F where(M m, F x, F y) { return {_mm256_blendv_ps(y.a, x.a, m.a), _mm256_blendv_ps(y.b, x.b, m.b)}; }
     TWODICE_HERE F or_zero(M m, F x) { return {_mm256_and_ps(x.a, m.a), _mm256_and_ps(x.b, m.b)}; }
@@ -169,10 +178,10 @@ struct Vector16Avx512 {
         const M kept = _mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ);  // true for NaN
         // The second operand comes back where one is NaN, so x stays what it is.
         const F y = _mm512_min_ps(_mm512_set1_ps(kExpHigh), _mm512_max_ps(low, x));
-        const F n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(kLog2E)),
+        const F n = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(kLog2EFloat)),
                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        F r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2High), y);
-        r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Low), r);
+        F r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2HighFloat), y);
+        r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2LowFloat), r);
         F p = _mm512_set1_ps(kExp[0]);
 #pragma GCC unroll 5
         for (int i = 1; i < 6; ++i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kExp[i]));
@@ -187,6 +196,7 @@ struct Vector16Avx512 {
         const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
         return _mm_test_epi8_mask(v, v);
     }
+    TWODICE_HERE M greater(F x, float bound) { return _mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_GT_OQ); }
     TWODICE_HERE F where(M m, F x, F y) { return _mm512_mask_blend_ps(m, y, x); }
     TWODICE_HERE F or_zero(M m, F x) { return _mm512_maskz_mov_ps(m, x); }
     TWODICE_HERE float sum(F x) { return _mm512_reduce_add_ps(x); }
