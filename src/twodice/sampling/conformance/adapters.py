@@ -53,9 +53,11 @@ def _model_of_given_logits() -> Any:
 
 
 def transformers(logits: Tensor, rows: Rows) -> Tensor:
-    """Draw with transformers' ``generate``: its processors, softmax, and one draw from torch's global generator.
+    """Draw with transformers' ``generate``: its processors, softmax, and one draw from torch's global
+    generator.
 
-    It has one setting a call, so rows are grouped, and no seeds. Temperature 0, an error there, becomes its greedy.
+    It has one setting a call, so rows are grouped, and no seeds. Temperature 0, an error there, becomes its
+    greedy.
     """
     from transformers import GenerationConfig
 

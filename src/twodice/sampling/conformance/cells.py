@@ -1,4 +1,5 @@
-"""A cell: one test, its p-value, and the smallest defect that it would have caught; and what a part works with.
+"""A cell: one test, its p-value, and the smallest defect that it would have caught; and what a part works
+with.
 
 Knows how a result is worded, not how it is made.
 """
@@ -26,9 +27,10 @@ ROWS_A_CALL = 1 << 18
 class Cell:
     """One test.
 
-    part, kind: where it was made, and what it judges. p: in [0, 1]; 0 only for what must never happen. found: in words.
-    draws: on which it rests. test: "table" (a tree of `binomials`; `mass` is the share of the first split), "stratum" (a
-    binomial of rate `mass`, of which `hits` came) or "never" (no draw may do it).
+    part, kind: where it was made, and what it judges. p: in [0, 1]; 0 only for what must never happen.
+    found: in words. draws: on which it rests. test: "table" (a tree of `binomials`; `mass` is the share of
+    the first split), "stratum" (a binomial of rate `mass`, of which `hits` came) or "never" (no draw may do
+    it).
     """
 
     part: str
@@ -42,7 +44,9 @@ class Cell:
     binomials: int = 1
 
     def catches(self, level: float) -> str:
-        """The smallest defect that is rejected with probability 0.99, at the least level that Holm may ask for."""
+        """The smallest defect that is rejected with probability 0.99, at the least level that Holm may
+        ask for.
+        """
         if self.test == "never":
             return f"one draw in {short(1 / rate_caught(self.draws))}"
         assert self.mass is not None
@@ -68,7 +72,9 @@ def short(value: float) -> str:
 
 
 class Bench(NamedTuple):
-    """What a part works with: the sampler, its rules, the draws asked for, and where to tell how far it is."""
+    """What a part works with: the sampler, its rules, the draws asked for, and where to tell how far it
+    is.
+    """
 
     sampler: Sampler
     rules: Rules
@@ -81,8 +87,8 @@ class Bench(NamedTuple):
     ) -> npt.NDArray[np.int64]:
         """Tokens of `rows` that all have the same logits, in batches.
 
-        The batch is one contiguous tensor that is reused: writing it anew would cost more than drawing. A sampler that
-        writes into it is seen by the tensor's version and gets a fresh one.
+        The batch is one contiguous tensor that is reused: writing it anew would cost more than drawing. A
+        sampler that writes into it is seen by the tensor's version and gets a fresh one.
         """
         size = max(1, min(most, LOGITS_A_CALL // len(logits), len(rows)))
         one = torch.from_numpy(logits)

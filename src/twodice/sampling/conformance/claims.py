@@ -1,7 +1,8 @@
-"""What a sampler claims: the distribution that logits and settings define, in float64, from the definitions alone.
+"""What a sampler claims: the distribution that logits and settings define, in float64, from the definitions
+alone.
 
-One sort, no kernels of this library: what judges must not share code with what is judged. Where a sampler's own
-documentation says another rule than ours, `Rules` says it, and it is held to that.
+One sort, no kernels of this library: what judges must not share code with what is judged. Where a sampler's
+own documentation says another rule than ours, `Rules` says it, and it is held to that.
 
 Letters: V vocabulary.
 """
@@ -25,8 +26,8 @@ Temperature = Literal["first", "last"]
 class Rules(NamedTuple):
     """The rules that differ between engines; the defaults are twodice's own.
 
-    ties: of tokens equal at the cut of top-k, those of lower id stay, or all. crossing: whether the token whose mass
-    crosses top_p stays. temperature: before the filters, or only in the draw.
+    ties: of tokens equal at the cut of top-k, those of lower id stay, or all. crossing: whether the token
+    whose mass crosses top_p stays. temperature: before the filters, or only in the draw.
     """
 
     ties: Ties = "lower-id"
@@ -45,6 +46,9 @@ class Rules(NamedTuple):
         return cls(**given)  # type: ignore[arg-type]
 
 
+OURS = Rules()
+
+
 class Claim(NamedTuple):
     """The kept tokens in falling order of probability (equal ones by id), and their probabilities."""
 
@@ -54,10 +58,11 @@ class Claim(NamedTuple):
 
 def _softmax(z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     e = np.exp(z - z[0])  # z falls, so z[0] is the largest
-    return e / math.fsum(e)
+    found: npt.NDArray[np.float64] = e / math.fsum(e)
+    return found
 
 
-def claimed(logits: npt.NDArray[np.float32], settings: Mapping[str, Any], rules: Rules = Rules()) -> Claim:
+def claimed(logits: npt.NDArray[np.float32], settings: Mapping[str, Any], rules: Rules = OURS) -> Claim:
     """The distribution over the kept set.
 
     Parameters

@@ -5,6 +5,9 @@ Letters: V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +19,7 @@ from twodice.sampling.conformance.sampler import Rows
 
 TAIL = 0.1
 """The pooled tail of a row: its least probable tokens with together at most this mass."""
-MIXED = (
+MIXED: tuple[Mapping[str, Any], ...] = (
     {"top_k": 5},
     {"temperature": 1.7, "top_p": 0.8},
     {},
@@ -109,11 +112,11 @@ def mixed_cells(bench: Bench) -> list[Cell]:
     n = bench.draws
     seeds = None if (one := bench.seeds(n)) is None else one + np.arange(n) % 8
     rows = Rows(MIXED, np.arange(n), seeds, np.arange(n) % len(MIXED))
-    tokens = bench.same_row(logits, rows, "mixed batch", most=4_096)
+    tokens = bench.same_row(logits, rows, "mixed-batch", most=4_096)
     cells = []
     for number, kind in enumerate(rows.kinds):
         claim, mine = claimed(logits, kind, bench.rules), tokens[rows.which == number]
         if len(claim.ids) < len(logits):
-            cells.append(outside(mine, claim, len(logits), "mixed batch", "neighbours"))
-        cells += table(mine, claim, len(logits), "mixed batch", "neighbours")
+            cells.append(outside(mine, claim, len(logits), "mixed-batch", "neighbours"))
+        cells += table(mine, claim, len(logits), "mixed-batch", "neighbours")
     return cells

@@ -1,12 +1,14 @@
-"""Exact tests of counts, Holm's correction over all of them, and the smallest defect that a test would catch.
+"""Exact tests of counts, Holm's correction over all of them, and the smallest defect that a test would
+catch.
 
-No p-value here rests on an approximation: every one is a binomial tail, and what combines them is Fisher's method
-or Bonferroni's bound. So the false-alarm probability that is stated holds at 1e-6 and beyond, where the chi-square
-approximation of a table of counts is wrong by orders of magnitude.
+No p-value here rests on an approximation: every one is a binomial tail, and what combines them is Fisher's
+method or Bonferroni's bound. So the false-alarm probability that is stated holds at 1e-6 and beyond, where
+the chi-square approximation of a table of counts is wrong by orders of magnitude.
 
-*A table of counts is a tree of binomials*: given the count of a node, the count of its left half is binomial, whatever
-happened above. Each p-value is therefore uniform given all above it, and their logarithms add up to a chi-square
-variable exactly. The ties of a discrete variable are broken by a keyed uniform, or Fisher's method would lose power.
+*A table of counts is a tree of binomials*: given the count of a node, the count of its left half is
+binomial, whatever happened above. Each p-value is therefore uniform given all above it, and their
+logarithms add up to a chi-square variable exactly. The ties of a discrete variable are broken by a keyed
+uniform, or Fisher's method would lose power.
 
 The file knows counts and probabilities; it knows no logits and no sampler.
 
@@ -17,7 +19,7 @@ Fisher 1925 (combination); Holm 1979; Clopper and Pearson 1934.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,13 +52,16 @@ def ratio_interval(count: int, n: int, q: float, level: float = 0.95) -> tuple[f
 
 
 def _randomised(count: Integers, n: Integers, q: Floats) -> Floats:
-    """Two-sided p-values that are uniform under the hypothesis: the mass at `count` is cut at a keyed uniform."""
+    """Two-sided p-values that are uniform under the hypothesis: the mass at `count` is cut at a keyed
+    uniform.
+    """
     words = philox4x32(torch.arange(len(count)), 0, 0, 0, Key(0).child("conformance", "cut").value)
     cut = (words[0].numpy() + 0.5) / 2**32
     here = binom.pmf(count, n, q)
     below = binom.cdf(count - 1, n, q) + cut * here
     above = binom.sf(count, n, q) + (1 - cut) * here
-    return np.clip(2 * np.minimum(below, above), 1e-300, 1.0)
+    p: Floats = np.clip(2 * np.minimum(below, above), 1e-300, 1.0)
+    return p
 
 
 class Node(NamedTuple):
@@ -69,7 +74,7 @@ class Node(NamedTuple):
 
 def leaves(expected: Floats) -> Integers:
     """Borders of the leaves over tokens in falling order of probability: (leaves + 1,)."""
-    borders, held = [0], 0.0
+    borders = [0]
     total = np.concatenate([[0.0], expected.cumsum()])
     while borders[-1] < len(expected):
         held = total[borders[-1]] + LEAST_EXPECTED
@@ -105,10 +110,11 @@ class Fit(NamedTuple):
 
 
 def fit(counts: Integers, probabilities: Floats) -> Fit | None:
-    """Test that `counts`, in falling order of `probabilities`, are independent draws; None with one leaf only.
+    """Test that `counts`, in falling order of `probabilities`, are independent draws; None with one leaf
+    only.
 
-    Two statistics: the smallest p-value times their number, for a defect at one place, and Fisher's sum, for one that
-    is everywhere; the p-value is twice the smaller.
+    Two statistics: the smallest p-value times their number, for a defect at one place, and Fisher's sum,
+    for one that is everywhere; the p-value is twice the smaller.
     """
     n = int(counts.sum())
     borders = leaves(probabilities * n)
@@ -135,7 +141,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def factors_caught(n: int, q: float, level: float) -> tuple[float | None, float | None]:
-    """The factors on `q`, one below and one above 1, from which a test at `level` rejects with probability `POWER`.
+    """The factors on `q`, one below and one above 1, from which a test at `level` rejects with probability
+    `POWER`.
 
     None where no such factor exists: too few draws to miss a stratum that never comes.
     """
@@ -147,16 +154,15 @@ def factors_caught(n: int, q: float, level: float) -> tuple[float | None, float 
         high += 1
     below = None
     if low >= 0:
-        below = q_where(lambda x: binom.cdf(low, n, x) >= POWER, 0.0, q) / q
+        below = _last_where(lambda x: binom.cdf(low, n, x) >= POWER, 0.0, q) / q
     above = None
     if high <= n:
-        above = q_where(lambda x: binom.sf(high - 1, n, x) < POWER, q, 1.0) / q
+        above = _last_where(lambda x: binom.sf(high - 1, n, x) < POWER, q, 1.0) / q
     return below, above
 
 
-def q_where(holds: object, low: float, high: float) -> float:
+def _last_where(holds: Callable[[float], bool], low: float, high: float) -> float:
     """The largest x in [low, high] for which `holds`, a property of all smaller x, is true."""
-    assert callable(holds)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
@@ -164,7 +170,9 @@ def q_where(holds: object, low: float, high: float) -> float:
 
 
 def shift_caught(n: int, half: float, level: float) -> float | None:
-    """Total variation between the halves of the first split that a test at `level` finds with probability `POWER`."""
+    """Total variation between the halves of the first split that a test at `level` finds with probability
+    `POWER`.
+    """
     below, above = factors_caught(n, half, level)
     if below is None or above is None:
         return None

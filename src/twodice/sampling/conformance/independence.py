@@ -1,7 +1,8 @@
 """Draws that should have nothing to do with each other, two by two: rows, positions, seeds.
 
-All rows have four equal logits, so that a pair of independent draws is one of 16 outcomes with equal probability: the
-table of pairs is tested like any other, against a distribution that is known and not estimated. Pairs do not overlap.
+All rows have four equal logits, so that a pair of independent draws is one of 16 outcomes with equal
+probability: the table of pairs is tested like any other, against a distribution that is known and not
+estimated. Pairs do not overlap.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def lagged(tokens: npt.NDArray[np.int64], lag: int, part: str, words: str) -> li
 def neighbouring_rows(bench: Bench) -> list[Cell]:
     """Rows of one batch that follow each other, their positions too; and the same row of two calls."""
     n = max(2 * bench.draws, 2 * BATCH)
-    tokens = bench.same_row(EQUAL, Rows([{}], np.arange(n), bench.seeds(n)), "neighbouring rows", most=BATCH)
+    tokens = bench.same_row(EQUAL, Rows([{}], np.arange(n), bench.seeds(n)), "neighbouring-rows", most=BATCH)
     words = "rows and positions" if "seeds" in bench.sampler.offers else "rows"
-    return [cell for lag in (1, 2, 64, BATCH) for cell in lagged(tokens, lag, "neighbouring rows", words)]
+    return [cell for lag in (1, 2, 64, BATCH) for cell in lagged(tokens, lag, "neighbouring-rows", words)]
 
 
 def seeds(bench: Bench) -> list[Cell]:
@@ -59,7 +60,9 @@ def seeds(bench: Bench) -> list[Cell]:
 
 
 def streams(bench: Bench) -> list[Cell]:
-    """Two neighbouring seeds along all positions, side by side and one position shifted: not seed + position."""
+    """Two neighbouring seeds along all positions, side by side and one position shifted: not seed +
+    position.
+    """
     n = bench.draws
     first, second = (
         bench.same_row(EQUAL, Rows([{}], np.arange(n), bench.seeds(n, seed)), "streams")

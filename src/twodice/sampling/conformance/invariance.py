@@ -1,4 +1,5 @@
-"""What must not move a token: other rows, its place, the size of the batch, the next call, other tokens' logits.
+"""What must not move a token: other rows, its place, the size of the batch, the next call, other tokens'
+logits.
 
 Each is exact: one token that moves rejects. Only a sampler that offers seeds can be held to it.
 
@@ -6,6 +7,9 @@ Letters: R rows, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +24,14 @@ from twodice.sampling.conformance.sampler import Rows
 
 ROWS, SIZE = 256, 100
 COUPLED_ROWS = 2_048
-KINDS = (
+KINDS: tuple[Mapping[str, Any], ...] = (
     {},
     {"top_k": 7},
     {"top_p": 0.9, "temperature": 1.5},
     {"min_p": 0.05},
     {"temperature": 0.7, "top_k": 30, "top_p": 0.95},
 )
-OTHER = ({"top_k": 2}, {"temperature": 3.0})
+OTHER: tuple[Mapping[str, Any], ...] = ({"top_k": 2}, {"temperature": 3.0})
 
 
 def _order(name: str, count: int) -> npt.NDArray[np.int64]:
@@ -47,7 +51,10 @@ def _moved(part: str, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64
     found = f"{words}: no token moved"
     if len(moved):
         at = moved[0]
-        found = f"{words}: {len(moved):,} of {len(first):,} tokens moved; the first from {first[at]} to {second[at]}"
+        found = (
+            f"{words}: {len(moved):,} of {len(first):,} tokens moved; "
+            f"the first from {first[at]} to {second[at]}"
+        )
     return Cell(part, part, "never", 0.0 if len(moved) else 1.0, found, len(first))
 
 
@@ -61,14 +68,14 @@ def repeat(bench: Bench) -> list[Cell]:
 def batch_size(bench: Bench) -> list[Cell]:
     """Alone, by sevens and in one batch."""
     logits, rows = _batch()
-    whole = bench.sampler.draw(logits.clone(), rows, "batch size")
+    whole = bench.sampler.draw(logits.clone(), rows, "batch-size")
     cells = []
     for size, words in ((1, "each row alone"), (7, "seven rows a call")):
         split = [
-            bench.sampler.draw(logits[at : at + size].clone(), rows[at : at + size], "batch size")
+            bench.sampler.draw(logits[at : at + size].clone(), rows[at : at + size], "batch-size")
             for at in range(0, ROWS, size)
         ]
-        cells.append(_moved("batch size", whole, np.concatenate(split), words))
+        cells.append(_moved("batch-size", whole, np.concatenate(split), words))
     return cells
 
 
@@ -85,7 +92,9 @@ def place(bench: Bench) -> list[Cell]:
 
 
 def neighbours(bench: Bench) -> list[Cell]:
-    """Every other row gets other logits, settings, seed and position; those between must keep their tokens."""
+    """Every other row gets other logits, settings, seed and position; those between must keep their
+    tokens.
+    """
     logits, rows = _batch()
     base = bench.sampler.draw(logits.clone(), rows, "neighbours")
     numbers = np.arange(ROWS)
@@ -106,7 +115,9 @@ def neighbours(bench: Bench) -> list[Cell]:
 
 
 def coupling(bench: Bench) -> list[Cell]:
-    """The noise belongs to the token id: logits raised or lowered, a filter, and padding move only what they must."""
+    """The noise belongs to the token id: logits raised or lowered, a filter, and padding move only what
+    they must.
+    """
     count = COUPLED_ROWS
     logits = torch.from_numpy(np.tile(normal(SIZE, 1.0, "coupling"), (count, 1)))
     rows = Rows([{}], np.arange(count), np.full(count, SEED))

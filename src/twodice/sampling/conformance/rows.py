@@ -1,11 +1,11 @@
 """The rows that the kit draws from: each is built so that a known kind of defect shows within its draws.
 
-A row is a function of its name: logits are quantiles of a normal distribution, put in an order that a keyed bijection
-gives, so that neither rank nor probability can be read off the token id.
+A row is a function of its name: logits are quantiles of a normal distribution, put in an order that a keyed
+bijection gives, so that neither rank nor probability can be read off the token id.
 
-*The deep tail by many tokens.* A token of probability 1e-9 cannot be waited for, but 100,000 of them are drawn once in
-10,000 times. Noise that is too coarse to lift a token 20 nats shows there as a stratum that never comes; the price is
-vocabulary times draws, about 2.5e10 logits in the default run.
+*The deep tail by many tokens.* A token of probability 1e-9 cannot be waited for, but 100,000 of them are
+drawn once in 10,000 times. Noise that is too coarse to lift a token 20 nats shows there as a stratum that
+never comes; the price is vocabulary times draws, about 2.5e10 logits in the default run.
 
 Letters: V vocabulary.
 """
@@ -36,8 +36,9 @@ SEED = 20_260
 class Row:
     """One row of logits under one setting.
 
-    kind: what is judged ("body", "tail", "ties", "kept set"). share: draws, as a multiple of the draws asked for. strata:
-    sets of tokens that are tested each alone, by name; without any, the least probable tenth is.
+    kind: what is judged ("body", "tail", "ties", "kept set"). share: draws, as a multiple of the draws
+    asked for. strata: sets of tokens that are tested each alone, by name; without any, the least probable
+    tenth is.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Row:
 def shuffled(values: npt.NDArray[np.float64], name: str) -> Logits:
     """`values` in the order of a keyed bijection."""
     order = permute(Key(0).child("conformance", name), np.arange(len(values)), len(values))
-    return values[np.asarray(order)].astype(np.float32)
+    found: Logits = values[np.asarray(order)].astype(np.float32)
+    return found
 
 
 def normal(size: int, sigma: float, name: str) -> Logits:
@@ -124,29 +126,30 @@ def all_rows() -> tuple[Row, ...]:
         Row("two", "body", "noise of the wrong shape or scale", lambda: np.array([-3.0, 0.0], np.float32)),
         Row("seven", "body", "a vocabulary that fills no vector", _equal(7)),
         Row("wide", "body", "sums in too few bits", lambda: normal(32_768, 0.5, "wide"), share=0.3),
-        Row("minus inf", "body", "nine logits in ten are -inf", _banned),
+        Row("minus-inf", "body", "nine logits in ten are -inf", _banned),
         Row("top-k", "body", "k counted one off", body, {"top_k": 10}),
         Row("top-p", "body", "the token that crosses p", body, {"top_p": 0.9}),
-        Row("top-p hot", "body", "top-p before temperature", body, {"top_p": 0.9, "temperature": 2.0}),
-        Row("top-p cold", "body", "top-p before temperature", body, {"top_p": 0.9, "temperature": 0.5}),
-        Row("top-k, top-p", "body", "mass not renormalised after top-k", flat, {"top_k": 40, "top_p": 0.8}),
+        Row("top-p-hot", "body", "top-p before temperature", body, {"top_p": 0.9, "temperature": 2.0}),
+        Row("top-p-cold", "body", "top-p before temperature", body, {"top_p": 0.9, "temperature": 0.5}),
+        Row("top-k-top-p", "body", "mass not renormalised after top-k", flat, {"top_k": 40, "top_p": 0.8}),
         Row("min-p", "body", "min-p relative to the most probable", flat, {"min_p": 0.05}),
-        Row("all", "body", "the order of all stages", body, everything),
+        Row("all-stages", "body", "the order of all stages", body, everything),
         Row("hill", "tail", "a fifth of the mass on 4,032 unlikely tokens", _hill),
-        Row("deep tail", "tail", "tokens of 1e-5 down to 1e-9", _ladder, share=2.0,
+        Row("deep-tail", "tail", "tokens of 1e-5 down to 1e-9", _ladder, share=2.0,
             strata=tuple(f"{q:.0e}".replace("e-0", "e-") for q, _ in LADDER)),
-        Row("tie at k", "ties", "equal logits at the cut of top-k", steps, {"top_k": _cut(12, steps())}),
-        Row("equal, top-k", "ties", "all logits equal: the first k ids", _equal(16), {"top_k": 3}),
-        Row("bfloat16, top-k", "ties", "the ties that bfloat16 makes", bf16, {"top_k": _cut(20, bf16())}),
-        Row("equal, top-p", "ties", "the prefix reaches p exactly", _equal(8), {"top_p": 0.5}),
-        Row("tie at p", "ties", "equal logits where top-p ends", steps, {"top_p": _inside_ties(steps())}),
-        Row("greedy", "ties", "temperature 0: the first of two maxima", _two_tops, {"temperature": 0.0}, 0.02),
-        Row("wide, top-p", "kept set", "sums in too few bits", lambda: normal(8_192, 0.5, "wide p"),
+        Row("tie-at-k", "ties", "equal logits at the cut of top-k", steps, {"top_k": _cut(12, steps())}),
+        Row("equal-top-k", "ties", "all logits equal: the first k ids", _equal(16), {"top_k": 3}),
+        Row("bfloat16-top-k", "ties", "the ties that bfloat16 makes", bf16, {"top_k": _cut(20, bf16())}),
+        Row("equal-top-p", "ties", "the prefix reaches p exactly", _equal(8), {"top_p": 0.5}),
+        Row("tie-at-p", "ties", "equal logits where top-p ends", steps, {"top_p": _inside_ties(steps())}),
+        Row("greedy", "ties", "temperature 0: the first of two maxima", _two_tops, {"temperature": 0.0},
+            0.02),
+        Row("wide-top-p", "kept set", "sums in too few bits", lambda: normal(8_192, 0.5, "wide p"),
             {"top_p": 0.9}, 0.04),
-        Row("leak, top-k", "kept set", "a token outside, once in a million", _equal(8), {"top_k": 4}, 16.0),
-        Row("leak, top-p", "kept set", "a token outside, once in a million",
+        Row("leak-top-k", "kept set", "a token outside, once in a million", _equal(8), {"top_k": 4}, 16.0),
+        Row("leak-top-p", "kept set", "a token outside, once in a million",
             lambda: np.array([0, 0, 0, 0, -1, -1, -1, -1], np.float32), {"top_p": 0.6}, 16.0),
-        Row("leak, min-p", "kept set", "a token outside, once in a million",
+        Row("leak-min-p", "kept set", "a token outside, once in a million",
             lambda: np.array([0, 0, 0, 0, -1, -1, -1, -1], np.float32), {"min_p": 0.5}, 16.0),
     )  # fmt: skip
 

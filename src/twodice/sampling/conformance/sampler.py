@@ -22,17 +22,18 @@ from torch import Tensor
 from twodice.errors import ConfigError, ShapeError, nearest
 
 OFFERS = ("seeds", "coupled")
-"""seeds: a token is a function of its row's logits, settings, seed and position. coupled: its noise belongs to the
-token id, so that a change to the logits of one token moves the draw to that token, away from it, or not at all."""
+"""seeds: a token is a function of its row's logits, settings, seed and position. coupled: its noise belongs
+to the token id, so that a change to the logits of one token moves the draw to that token, away from it, or
+not at all."""
 NEUTRAL: Mapping[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
 
 
 class Rows(Sequence[Mapping[str, Any]]):
     """The settings of R rows: a sequence of mappings, with what is alike in them kept once.
 
-    ``rows[i]`` is ``{"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None, "seed": 7, "position": 3}``. A
-    sampler that is fast reads the columns instead: `kinds` (the unlike settings) and `which` of them a row has, `seeds`
-    (None where the sampler does not offer seeds) and `positions`.
+    ``rows[i]`` is ``{"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None, "seed": 7, "position":
+    3}``. A sampler that is fast reads the columns instead: `kinds` (the unlike settings) and `which` of
+    them a row has, `seeds` (None where the sampler does not offer seeds) and `positions`.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Rows(Sequence[Mapping[str, Any]]):
         return Rows(self.kinds, self.positions[at], seeds, self.which[at])
 
     def groups(self) -> Iterator[tuple[Mapping[str, Any], npt.NDArray[np.int64]]]:
-        """Each of `kinds` with the numbers of the rows that have it, for samplers with one setting a call."""
+        """Each of `kinds` with the numbers of the rows that have it, for samplers with one setting a
+        call.
+        """
         for number, kind in enumerate(self.kinds):
             at = np.flatnonzero(self.which == number)
             if len(at):
@@ -98,8 +101,8 @@ class Sampler(NamedTuple):
         except Exception as error:
             raise ConfigError(
                 f"the sampler must draw from every row that it is given; {self.name} raised "
-                f"{type(error).__name__} at {where!r}: {' '.join(str(error).split())[:300]} (NotImplementedError "
-                "says that settings are not offered)"
+                f"{type(error).__name__} at {where!r}: {' '.join(str(error).split())[:300]} "
+                "(NotImplementedError says that settings are not offered)"
             ) from error
         try:
             tokens = torch.as_tensor(found)
@@ -109,8 +112,9 @@ class Sampler(NamedTuple):
             ) from None
         if tuple(tokens.shape) != (len(rows),) or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ShapeError(
-                f"{self.name} must return one integer a row, shape ({len(rows)},), for logits {tuple(logits.shape)}; "
-                f"got shape {tuple(tokens.shape)} of {str(tokens.dtype).removeprefix('torch.')} at {where!r}"
+                f"{self.name} must return one integer a row, shape ({len(rows)},), for logits "
+                f"{tuple(logits.shape)}; got shape {tuple(tokens.shape)} of "
+                f"{str(tokens.dtype).removeprefix('torch.')} at {where!r}"
             )
         return tokens.detach().cpu().to(torch.int64).numpy()
 
@@ -165,7 +169,8 @@ def load(text: str, offers: Sequence[str] | None = None) -> Sampler:
         value: Any = importlib.import_module(module)
     except Exception as error:
         raise ConfigError(
-            f"--sampler must name a module that can be imported; {module!r} gave {type(error).__name__}: {error}"
+            f"--sampler must name a module that can be imported; {module!r} gave "
+            f"{type(error).__name__}: {error}"
         ) from error
     for name in path.split("."):
         if not hasattr(value, name):

@@ -1,7 +1,7 @@
 """`judge`: run the parts on a sampler, correct over all cells, and say what was found.
 
-A *cell* is one test with one p-value, and a *part* is a row or a check that gives several. This file knows the parts by
-name; what each does is in ``draws``, ``independence`` and ``invariance``.
+A *cell* is one test with one p-value, and a *part* is a row or a check that gives several. This file knows
+the parts by name; what each does is in ``draws``, ``independence`` and ``invariance``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from twodice.errors import ConfigError, nearest
 from twodice.sampling.conformance import draws as drawn
 from twodice.sampling.conformance import independence, invariance
 from twodice.sampling.conformance.cells import Bench, Cell
-from twodice.sampling.conformance.claims import Rules
+from twodice.sampling.conformance.claims import OURS, Rules
 from twodice.sampling.conformance.exact import holm
 from twodice.sampling.conformance.rows import Row, all_rows
 from twodice.sampling.conformance.sampler import NotOffered, Sampler
@@ -26,7 +26,9 @@ LEAST_DRAWS, DEFAULT_DRAWS = 2_000, 100_000
 
 
 class Judged(NamedTuple):
-    """A cell with its p-value corrected over all cells, whether that rejects, and what it would have caught."""
+    """A cell with its p-value corrected over all cells, whether that rejects, and what it would have
+    caught.
+    """
 
     cell: Cell
     adjusted: float
@@ -36,7 +38,9 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the kit found. `rejected` is true if any cell is; its false-alarm probability is at most `alpha`."""
+    """What the kit found. `rejected` is true if any cell is; its false-alarm probability is at most
+    `alpha`.
+    """
 
     sampler: str
     rules: Rules
@@ -98,12 +102,12 @@ def parts(draws: int) -> tuple[Part, ...]:
 
 
 CHECKS: tuple[tuple[str, float, str | None, Callable[[Bench], list[Cell]]], ...] = (
-    ("mixed batch", 800.0, None, drawn.mixed_cells),
-    ("neighbouring rows", 600.0, None, independence.neighbouring_rows),
+    ("mixed-batch", 800.0, None, drawn.mixed_cells),
+    ("neighbouring-rows", 600.0, None, independence.neighbouring_rows),
     ("seeds", 900.0, "seeds", independence.seeds),
     ("streams", 600.0, "seeds", independence.streams),
     ("repeat", 1.0, "seeds", invariance.repeat),
-    ("batch size", 1.0, "seeds", invariance.batch_size),
+    ("batch-size", 1.0, "seeds", invariance.batch_size),
     ("place", 1.0, "seeds", invariance.place),
     ("neighbours", 1.0, "seeds", invariance.neighbours),
     ("coupling", 1.0, "coupled", invariance.coupling),
@@ -124,7 +128,7 @@ def judge(
     *,
     rows: Sequence[str] | None = None,
     draws: int = DEFAULT_DRAWS,
-    rules: Rules = Rules(),
+    rules: Rules = OURS,
     alpha: float = ALPHA,
     progress: Callable[[float, str], None] = lambda done, what: None,
 ) -> Verdict:
@@ -135,7 +139,8 @@ def judge(
     sampler : Sampler
         From `load` or `as_sampler`.
     rows : names of parts, optional
-        Only these; without any, all. A part that needs what the sampler does not offer is reported, not failed.
+        Only these; without any, all. A part that needs what the sampler does not offer is reported, not
+        failed.
     draws : int
         In [2000, inf): draws of a row of share 1; each cell says what they suffice for.
     rules : Rules
@@ -151,7 +156,8 @@ def judge(
     Raises
     ------
     ConfigError, ShapeError
-        If a name is unknown, draws are too few, or the sampler raises or returns something else than tokens.
+        If a name is unknown, draws are too few, or the sampler raises or returns something else than
+        tokens.
 
     Notes
     -----
@@ -168,7 +174,7 @@ def judge(
     for part in chosen:
 
         def tell(share: float, part: Part = part, done: float = done) -> None:
-            progress((done + part.cost * min(1.0, share)) / total, part.name)
+            progress(min(0.999, (done + part.cost * min(1.0, share)) / total), part.name)  # 1 is said once
 
         tell(0.0)
         if part.needs is not None and part.needs not in sampler.offers:
@@ -190,7 +196,9 @@ def judge(
 
 
 def _all_filters(cells: Sequence[Cell]) -> list[Cell]:
-    """The kept sets of all rows together: what leaks at every filter shows here at a rate that no row shows alone."""
+    """The kept sets of all rows together: what leaks at every filter shows here at a rate that no row
+    shows alone.
+    """
     kept = [cell for cell in cells if cell.test == "never" and cell.kind in ("kept set", "ties")]
     if len(kept) < 2:
         return []
@@ -199,7 +207,7 @@ def _all_filters(cells: Sequence[Cell]) -> list[Cell]:
         f"{bad} of {len(kept)} rows with draws outside" if bad else f"no draw outside, in {len(kept)} rows"
     )
     return [
-        Cell("all filters", "kept set", "never", float(bad == 0), found, sum(cell.draws for cell in kept))
+        Cell("all-filters", "kept set", "never", float(bad == 0), found, sum(cell.draws for cell in kept))
     ]
 
 
