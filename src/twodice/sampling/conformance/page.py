@@ -13,8 +13,8 @@ from twodice.sampling.conformance.exact import ratio_interval
 from twodice.sampling.conformance.verdict import Judged, Verdict
 from twodice.sampling.conformance.words import KINDS, answer, p_value, summary
 
-LOW, HIGH = 0.01, 10.0  # the axis of the picture, logarithmic; what lies outside is drawn at its edge
-LEFT, WIDTH, ROW = 220.0, 430.0, 34.0
+LOW, HIGH = 0.2, 5.0  # the axis of the picture, logarithmic; what lies outside is drawn at its edge
+LEFT, WIDTH, ROW = 290.0, 430.0, 26.0
 
 
 class Bar(NamedTuple):
@@ -68,7 +68,7 @@ def page(verdict: Verdict) -> str:
         groups=[group for group in groups if group[2]],
         summary=summary(verdict),
         bars=bars(verdict.judged),
-        ticks=[(_x(ratio), f"{ratio:g}") for ratio in (0.01, 0.1, 0.5, 1, 2, 10)],
+        ticks=[(_x(ratio), f"{ratio:g}") for ratio in (0.2, 0.5, 1, 2, 5)],
         height=ROW,
         data=verdict.as_dict(),
     )

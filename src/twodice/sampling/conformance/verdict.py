@@ -199,7 +199,7 @@ def _all_filters(cells: Sequence[Cell]) -> list[Cell]:
     """The kept sets of all rows together: what leaks at every filter shows here at a rate that no row
     shows alone.
     """
-    kept = [cell for cell in cells if cell.test == "never" and cell.kind in ("kept set", "ties")]
+    kept = [cell for cell in cells if cell.test == "never" and cell.kind == "kept set"]
     if len(kept) < 2:
         return []
     bad = sum(cell.p == 0 for cell in kept)
