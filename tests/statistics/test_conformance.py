@@ -1,8 +1,9 @@
-"""The conformance kit: right samplers pass, and each broken one is rejected by the check that is meant for it.
+"""The conformance kit: right samplers pass; each broken one is rejected by the check that is meant for it.
 
-Hypothesis of each cell: what the sampler claims. Draws: as given below. False alarm: at most 1e-6 for each call of the
-kit, by Holm's correction over exact p-values; here seeds are fixed, so each verdict is the same each time. The smallest
-defect of each cell is computed by the kit and held against simulation in ``test_the_power_that_is_stated_is_there``.
+Hypothesis of each cell: what the sampler claims. Draws: as given below. False alarm: at most 1e-6 for each
+call of the kit, by Holm's correction over exact p-values; here seeds are fixed, so each verdict is the same
+each time. The smallest defect of each cell is computed by the kit and held against simulation in
+``test_the_power_that_is_stated_is_there``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def test_a_right_sampler_that_is_not_ours_passes(seed: int) -> None:
 
 
 SABOTEURS: list[tuple[Function, str, int, set[str]]] = [
-    (broken.tail_missing, "plain", 100_000, {"tail"}),
+    (broken.tail_missing, "plain", 100_000, {"body", "tail"}),
     (broken.equal_noise, "neighbouring-rows batch-size", 10_000, {"independence", "batch-size"}),
     (broken.first_seed_for_all, "seeds", 10_000, {"independence"}),
     (broken.first_seed_for_all, "batch-size place neighbours repeat", 10_000,
@@ -62,9 +63,9 @@ SABOTEURS: list[tuple[Function, str, int, set[str]]] = [
     (broken.temperature_after_top_p, "top-p-hot", 10_000, {"body", "tail"}),
     (broken.top_p_of_all, "top-k-top-p", 10_000, {"kept set"}),
     (broken.last_argmax, "greedy top-k", 10_000, {"ties"}),
-    (broken.leaks_once_in_a_million, "leak-top-k leak-top-p leak-min-p", 100_000, {"kept set"}),
-    (broken.biased_gumbel, "two", 100_000, {"body"}),
-    (broken.float16_sums, "wide", 30_000, {"body"}),
+    (broken.leaks_once_in_a_million, "leak-top-k leak-min-p", 100_000, {"kept set"}),
+    (broken.biased_gumbel, "two", 100_000, {"body", "tail"}),
+    (broken.float16_sums, "wide", 30_000, {"body", "tail"}),
     (broken.noise_by_rank, "plain tie-at-k top-p place neighbours batch-size repeat coupling", 10_000,
      {"coupling"}),
     (broken.Noise24(), "deep-tail", 100_000, {"tail"}),
@@ -80,9 +81,7 @@ def test_a_broken_sampler_is_rejected_by_the_check_that_is_meant_for_it(
     saboteur: Function, rows: str, draws: int, kinds: set[str]
 ) -> None:
     verdict = judge(as_sampler(saboteur), rows=rows.split(), draws=draws)
-    assert kinds <= set(verdict.rejecting()), rejected_cells(verdict)
-    if kinds != {"tail"} and saboteur is not broken.equal_noise:
-        assert set(verdict.rejecting()) <= kinds | {"tail"}, rejected_cells(verdict)
+    assert set(verdict.rejecting()) == kinds, rejected_cells(verdict)
 
 
 def test_coarse_noise_shows_in_the_strata_that_it_cannot_reach_and_in_no_other() -> None:

@@ -1,7 +1,7 @@
 """Samplers with one defect each, for the conformance kit to reject; and one that is right and is not ours.
 
-Each is a function of (logits, rows) as the kit calls it. Most take the right sampler and break one thing, so that all
-else about them is right and only the check that is meant can find them.
+Each is a function of (logits, rows) as the kit calls it. Most take the right sampler and break one thing, so
+that all else about them is right and only the check that is meant can find them.
 
 Letters: R rows, V vocabulary.
 """
@@ -18,7 +18,6 @@ import twodice
 from twodice import SamplingParams
 from twodice.random import noise
 from twodice.random.keys import Key
-from twodice.random.philox import philox4x32
 from twodice.sampling.conformance import adapters
 from twodice.sampling.conformance.claims import claimed
 from twodice.sampling.conformance.sampler import Function, Rows
@@ -48,11 +47,11 @@ def restricted(logits: Tensor, rows: Rows, keep: Callable[[np.ndarray, dict], It
 
 
 def uniform(rows: Rows, purpose: int, bound: int) -> np.ndarray:
-    """(R,) integers in [0, bound), a function of seed, position and purpose."""
-    words = philox4x32(
-        torch.from_numpy(rows.positions), torch.from_numpy(rows.seeds), purpose, 0, Key(1).value
-    )
-    return words[0].numpy() % bound
+    """(R,) integers in [0, bound), a function of seed, position and purpose (splitmix64's mixer)."""
+    x = (rows.positions + (rows.seeds << 24) + (purpose << 54)).astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) % np.uint64(bound)).astype(np.int64)
 
 
 @coupled
@@ -172,7 +171,7 @@ def last_argmax(logits: Tensor, rows: Rows) -> Tensor:
 def leaks_once_in_a_million(logits: Tensor, rows: Rows) -> Tensor:
     """One draw in 2^20, by a keyed coin, is the least probable token, kept or not."""
     tokens = ours(logits, rows)
-    coin = uniform(rows, 2 + sum(map(ord, str(rows.kinds))), 2**20) == 0
+    coin = uniform(rows, 2 + len(str(rows.kinds)), 2**20) == 0
     return torch.where(torch.from_numpy(coin), logits.shape[1] - 1, tokens)
 
 

@@ -17,14 +17,20 @@ from twodice.sampling.sample import sample
 
 
 def twodice(logits: Tensor, rows: Rows) -> Tensor:
-    """Draw with `twodice.sample`; rows that share settings and seed cost one `SamplingParams`."""
-    assert rows.seeds is not None
+    """Draw with `twodice.sample`; rows that share settings and seed cost one `SamplingParams`.
+
+    Without seeds, each row of a call gets a fresh one from the operating system.
+    """
     position = torch.from_numpy(rows.positions)
-    if len(rows.kinds) == 1 and (rows.seeds == rows.seeds[0]).all():
-        return sample(logits, SamplingParams(**rows.kinds[0], seed=int(rows.seeds[0])), position).tokens
+    seeds = rows.seeds
+    if len(rows.kinds) == 1 and (seeds is None or (seeds == seeds[0]).all()):
+        one = SamplingParams(**rows.kinds[0], seed=None if seeds is None else int(seeds[0]))
+        return sample(logits, one, position).tokens
     each = [
         SamplingParams(**rows.kinds[kind], seed=seed)
-        for kind, seed in zip(rows.which.tolist(), rows.seeds.tolist(), strict=True)
+        for kind, seed in zip(
+            rows.which.tolist(), [None] * len(rows) if seeds is None else seeds.tolist(), strict=True
+        )
     ]
     return sample(logits, each, position).tokens
 
