@@ -95,9 +95,9 @@ def test_coarse_noise_shows_in_the_strata_that_it_cannot_reach_and_in_no_other()
 def test_transformers_own_sampling_differs_from_ours_at_ties_and_nowhere_else() -> None:
     """What docs/conformance.md says of it: all ties at k stay, and where top-p ends the higher ids stay."""
     torch.manual_seed(1)
-    names = ["plain", "hot", "minus-inf", "top-k", "top-p", "top-p-cold", "top-k-top-p", "min-p", "all-stages",
-             "tie-at-k", "equal-top-k", "bfloat16-top-k", "equal-top-p", "tie-at-p", "greedy", "mixed-batch",
-             "neighbouring-rows", "repeat"]  # fmt: skip
+    names = ["plain", "hot", "minus-inf", "top-k", "top-p", "top-p-cold", "top-k-top-p", "min-p",
+             "all-stages", "tie-at-k", "equal-top-k", "bfloat16-top-k", "equal-top-p", "tie-at-p", "greedy",
+             "mixed-batch", "neighbouring-rows", "repeat"]  # fmt: skip
     sampler = load("transformers")
     verdict = judge(sampler, rows=names, draws=10_000)
     assert verdict.rejecting() == ("ties",)
@@ -126,8 +126,8 @@ def test_a_sampler_is_held_to_the_rules_that_it_claims() -> None:
 def test_p_values_of_a_table_are_uniform_or_larger() -> None:
     """2,000 tables of 20,000 draws under the hypothesis; a share of p-values below x that is above x rejects.
 
-    Exact binomial at 1e-7 for each of 4 levels; catches p-values that are too small by a factor of 1.5 at 0.1. The
-    saboteur is the usual chi-square with small cells, which is too small at 0.001.
+    Exact binomial at 1e-7 for each of 4 levels; catches p-values that are too small by a factor of 1.5 at
+    0.1. The saboteur is the usual chi-square with small cells, which is too small at 0.001.
     """
     generator = np.random.default_rng(5)
     p = np.exp(-np.arange(60) / 9.0)
@@ -145,9 +145,10 @@ def test_p_values_of_a_table_are_uniform_or_larger() -> None:
 
 
 def test_the_power_that_is_stated_is_there() -> None:
-    """A stratum short, or over, by the factor that is stated is rejected 99 times in 100; simulated 4,000 times.
+    """A stratum short, or over, by the factor that is stated is rejected 99 times in 100.
 
-    Exact binomial at 1e-7, so a power below 0.978 is caught; and at half the defect the power is below 0.9.
+    4,000 simulations and an exact binomial at 1e-7, so a power below 0.978 is caught; at half the defect the
+    power is below 0.9.
     """
     generator = np.random.default_rng(6)
     n, q, level = 50_000, 0.02, 1e-8

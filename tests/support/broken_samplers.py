@@ -64,10 +64,10 @@ def tail_missing(logits: Tensor, rows: Rows) -> Tensor:
 
 
 class Noise24:
-    """Gumbel noise from uniforms m / 2^24, what float32 generators give: a token more than 16.6 nats down is lost.
+    """Gumbel noise from uniforms m / 2^24, what float32 generators give: 16.6 nats is the most.
 
-    All rows of a call are alike, and n tokens of equal logits have the largest of n such uniforms, which is drawn at
-    once: exactly the same distribution at a thousandth of the cost.
+    All rows of a call are alike, and n tokens of equal logits have the largest of n such uniforms, which is
+    drawn at once: exactly the same distribution at a thousandth of the cost.
     """
 
     def __init__(self, bits: int = 24) -> None:
@@ -144,7 +144,9 @@ def crossing_dropped(logits: Tensor, rows: Rows) -> Tensor:
 @coupled
 def ties_kept(logits: Tensor, rows: Rows) -> Tensor:
     """Everything that equals the k-th logit stays."""
-    return restricted(logits, rows, lambda x, kind: np.flatnonzero(x >= np.sort(x)[-kind["top_k"]]))
+    return restricted(
+        logits, rows, lambda x, kind: np.flatnonzero(x >= np.sort(x)[-(kind["top_k"] or len(x))])
+    )
 
 
 @coupled

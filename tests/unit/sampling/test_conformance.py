@@ -78,7 +78,7 @@ def test_the_claim_and_the_library_keep_the_same_tokens_on_adversarial_rows() ->
 
 
 def test_no_row_is_decided_by_the_last_bits() -> None:
-    """A cut that rounding could move would judge arithmetic and not the sampler; equal-top-p is exact in all."""
+    """A cut that rounding could move would judge arithmetic and not the sampler; equal-top-p is exact."""
     for row in all_rows():
         settings = {**NEUTRAL, **row.settings}
         if row.name == "equal-top-p" or (settings["top_p"] is None and settings["min_p"] is None):
