@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,3 +208,11 @@ def test_the_page_escapes_names_and_is_the_same_each_time() -> None:
     text = page(verdict)
     assert text == page(verdict) and "<script" not in text and "&lt;script&gt;" in text
     assert "http" not in text.replace("http-equiv", "")
+
+
+def test_the_sampler_that_the_docs_show_is_accepted() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "conformance.md").read_text("utf-8")
+    shown: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0], shown)
+    verdict = judge(as_sampler(shown["draw"]), rows=["top-p", "place", "coupling"], draws=2_000)
+    assert not verdict.rejected and verdict.not_offered == () and len(verdict.judged) == 9
