@@ -215,4 +215,4 @@ def test_the_sampler_that_the_docs_show_is_accepted() -> None:
     shown: dict[str, Any] = {}
     exec(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0], shown)
     verdict = judge(as_sampler(shown["draw"]), rows=["top-p", "place", "coupling"], draws=2_000)
-    assert not verdict.rejected and verdict.not_offered == () and len(verdict.judged) == 9
+    assert not verdict.rejected and verdict.not_offered == () and len(verdict.judged) == 8

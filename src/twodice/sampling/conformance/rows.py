@@ -122,6 +122,7 @@ def all_rows() -> tuple[Row, ...]:
     steps = lambda: _stepped(100, 0.5, "steps")  # noqa: E731
     bf16 = lambda: _bfloat16("bf16")  # noqa: E731
     flat = lambda: normal(100, 1.0, "flat")  # noqa: E731
+    million = "a token outside, once in a million"
     everything = {"temperature": 2.0, "top_k": 40, "top_p": 0.9, "min_p": 0.05}
     return (
         Row("plain", "body", "the softmax itself", body),
@@ -150,9 +151,9 @@ def all_rows() -> tuple[Row, ...]:
             0.02),
         Row("wide-top-p", "kept set", "sums in too few bits", lambda: normal(8_192, 0.5, "wide p"),
             {"top_p": 0.9}, 0.04),
-        Row("leak-top-k", "kept set", "a token outside, once in a million", _two_levels, {"top_k": 4}, 16.0),
-        Row("leak-top-p", "kept set", "a token outside, once in a million", _two_levels, {"top_p": 0.6}, 16.0),
-        Row("leak-min-p", "kept set", "a token outside, once in a million", _two_levels, {"min_p": 0.5}, 16.0),
+        Row("leak-top-k", "kept set", million, _two_levels, {"top_k": 4}, 16.0),
+        Row("leak-top-p", "kept set", million, _two_levels, {"top_p": 0.6}, 16.0),
+        Row("leak-min-p", "kept set", million, _two_levels, {"min_p": 0.5}, 16.0),
     )  # fmt: skip
 
 
