@@ -67,7 +67,7 @@ def conformance(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
     """Judge a sampler by exact tests. Exit code 0: as it claims; 1: rejected; 2: it could not be judged."""
-    from twodice.cli.console import EXIT_FAILED, EXIT_STOPPED, Progress, notice, print_json
+    from twodice.cli.console import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, Progress, notice, print_json
     from twodice.errors import DataError
     from twodice.sampling.conformance.claims import Rules
     from twodice.sampling.conformance.sampler import load
@@ -99,5 +99,5 @@ def conformance(
         print_json(verdict.as_dict())
     else:
         _tell(verdict, all_cells)
-    if verdict.rejected:
-        raise typer.Exit(EXIT_FAILED)
+    if verdict.rejected or not verdict.judged:
+        raise typer.Exit(EXIT_FAILED if verdict.judged else EXIT_USAGE)

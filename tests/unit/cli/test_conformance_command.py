@@ -54,6 +54,14 @@ def test_rules_of_another_engine_can_be_claimed(capsys: pytest.CaptureFixture[st
     assert called(capsys, *words, "--ties", "kept")[0] == 0
 
 
+def test_a_sampler_that_offers_nothing_of_what_was_asked_is_not_accepted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = called(capsys, "--offers", "none", "--rows", "place,seeds")
+    assert code == 2 and "nothing was judged" in out
+    assert "place: not offered, the sampler does not offer seeds" in out
+
+
 @pytest.mark.parametrize(
     "words",
     [

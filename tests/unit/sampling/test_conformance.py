@@ -167,6 +167,10 @@ def test_bad_settings_of_the_kit_name_what_would_be_right() -> None:
         Rules.parse(ties="keep")
     with pytest.raises(ConfigError, match="may offer seeds and coupled; got 'seed'"):
         as_sampler(ours, offers=["seed"])
+    with pytest.raises(ConfigError, match="must offer seeds; got coupled alone"):
+        as_sampler(ours, offers=["coupled"])
+    with pytest.raises(ConfigError, match="rows must name at least one"):
+        judge(sampler, rows=[])
 
 
 def test_settings_that_a_sampler_does_not_offer_are_said_and_not_failed() -> None:

@@ -126,6 +126,8 @@ def _offers(function: Function, given: Sequence[str] | None) -> frozenset[str]:
             raise ConfigError(
                 f"a sampler may offer {' and '.join(OFFERS)}; got {name!r}{nearest(name, OFFERS)}"
             )
+    if "coupled" in names and "seeds" not in names:
+        raise ConfigError("a sampler that offers coupled must offer seeds; got coupled alone")
     return frozenset(names)
 
 

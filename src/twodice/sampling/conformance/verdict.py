@@ -215,6 +215,8 @@ def _chosen(every: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
     if names is None:
         return list(every)
     known = [part.name for part in every]
+    if not names:
+        raise ConfigError(f"rows must name at least one of {', '.join(known)}; got none")
     for name in names:
         if name not in known:
             raise ConfigError(f"no row {name!r}{nearest(name, known)}; there are {', '.join(known)}")
