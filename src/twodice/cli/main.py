@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "Continue a prompt with exact, seeded sampling.",
     "report": "Make a study's report again from its records (needs no torch).",
     "audit": "List every place in a model where something may be dropped.",
+    "conformance": "Judge whether a sampler, ours or any other, draws from the distribution it claims.",
     "doctor": "Show versions, the kernels in use and why, cores and devices.",
 }
 

@@ -314,12 +314,14 @@ def test_compiled_code_gives_what_eager_code_gives_in_one_graph() -> None:
         leaves = [x.requires_grad_() for x in (*inputs(2, 4, 2, 9, 9, 8, 5), values(2, 1, 9, 9), values(4))]
         rest = torch.tensor(9000 * number), torch.tensor(number)
         ours, plain = run(*leaves, *rest), layer(*leaves, *rest)
-        assert torch.equal(ours, plain) and ours.stride() == plain.stride()
+        assert ours.stride() == plain.stride()
+        # The same masks; a matrix product may sum in another order where its operands lie at other addresses.
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
         up = values(*ours.shape, seed=5)
         for a, b in zip(
             torch.autograd.grad(ours, leaves, up), torch.autograd.grad(plain, leaves, up), strict=True
         ):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert graphs == 1
 
 
