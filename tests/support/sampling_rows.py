@@ -75,6 +75,30 @@ def batch(number: int, rows: int, vocabulary: int) -> Tensor:
     return logits
 
 
+def many(number: int, rows: int, vocabulary: int) -> Tensor:
+    """(rows, vocabulary) logits of every kind, made for all rows at once."""
+    generator = np.random.default_rng((number, vocabulary, 5))
+    x = generator.normal(size=(rows, vocabulary)).astype(np.float32)
+    place = np.arange(vocabulary)
+    at = generator.integers(vocabulary, size=(rows, 1))
+    here = place == at
+    kind = generator.integers(len(KINDS), size=(rows, 1))
+    steps = generator.choice(np.float32([0.0, -20.0, -30.0, -80.0]), size=x.shape)
+    sign = generator.choice(np.float32([0.0, -0.0, -1.0]), size=x.shape)
+    made = {
+        "flat": x * np.float32(1e-3), "peaked": np.where(here, 0, x * 2 - 30), "ties": np.round(x * 2) / 2,
+        "all equal": np.full_like(x, 3.25), "one finite": np.where(here, x, -np.inf),
+        "all -inf": np.full_like(x, -np.inf), "nan": np.where(here, np.nan, x),
+        "+inf": np.where(here, np.inf, x),
+        "gaps": steps, "subnormal": x * np.float32(1e-40),
+        "mostly -inf": np.where((x < 1.3) & ~here, -np.inf, x), "huge": x * np.float32(3e4),
+        "signed zeros": sign,
+    }  # fmt: skip
+    for name, values in made.items():
+        x = np.where(kind == KINDS.index(name), values.astype(np.float32), x)
+    return torch.from_numpy(x).to(TYPES[number % len(TYPES)])
+
+
 FILTERS: dict[str, list[object]] = {
     "top_n_sigma": [0.0, 0.5, 1.0, 3.0, 1e6],
     "top_k": [0, -1, 1, 2, 5, 50],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from tests.support import sampling_rows
@@ -88,6 +91,50 @@ def test_a_hundred_thousand_adversarial_rows_give_the_same_bits() -> None:
     assert sum(compare(number) for number in range(1000, 8000)) > 100_000
 
 
+@pytest.mark.slow
+def test_ten_million_adversarial_rows_give_the_same_tokens() -> None:
+    """Tokens, statuses, states and ranks over vocabularies of 1 to 1,024, every stage on somewhere.
+
+    Settings are used again on many logits, since making them would take longer than drawing; edits, which
+    the reference makes row by row, have every tenth batch.
+    """
+    vocabularies = (1, 2, 3, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33)
+    large = (64, 65, 127, 128, 129, 200, 257, 1000, 1024)
+    rows, compared, number = 4096, 0, 0
+    while compared < 10_000_000:
+        is_large = number % 16 == 15
+        vocabulary = large[number // 16 % 9] if is_large else vocabularies[number % 15]
+        few = rows if not is_large else 128
+        params = settings_again(number % 140, few, vocabulary, with_edits=number % 10 == 0)
+        logits = sampling_rows.many(number, few, vocabulary)
+        more = {"state": sampling_rows.state(number, few, vocabulary)}
+        if number % 10 == 0:
+            more |= {"history": sampling_rows.history(number, few, vocabulary)}
+        call = lambda: sample(logits, params, number, need=("rank",), on_bad_row="flag", **more)  # noqa: B023, E731
+        dispatch.native = NATIVE
+        native = call()
+        dispatch.native = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference = call()
+        for name in ("tokens", "status", "rank", "state"):
+            ours, theirs = getattr(native, name), getattr(reference, name)
+            if ours is not None or theirs is not None:
+                assert torch.equal(ours.double().nan_to_num(-1e9), theirs.double().nan_to_num(-1e9)), number
+        compared, number = compared + few, number + 1
+
+
+@lru_cache(maxsize=200)
+def settings_again(number: int, rows: int, vocabulary: int, with_edits: bool) -> tuple[SamplingParams, ...]:
+    found = sampling_rows.settings(number, min(rows, 64), vocabulary)
+    if not with_edits:
+        edits = (*sampling_rows.EDITS, "penalty_range", "dry_base", "dry_allowed_length", "dry_range",
+                 "dry_breakers", "min_tokens", "stop_tokens")  # fmt: skip
+        none = dict.fromkeys(edits)
+        found = [dataclasses.replace(one, **none) for one in found]  # type: ignore[arg-type]
+    return tuple(found[i % len(found)] for i in range(rows))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sigma", [0.01, 1.0, 4.0])
 def test_a_large_vocabulary_gives_the_same_bits(dtype: torch.dtype, sigma: float) -> None:
@@ -104,6 +151,47 @@ def test_a_large_vocabulary_gives_the_same_bits(dtype: torch.dtype, sigma: float
         SamplingParams(seed=8, top_p=0.3, temperature=0.2),
     ]
     assert_equal(*both(logits, params, 5))
+
+
+def wide_rows(number: int) -> tuple[torch.Tensor, list[SamplingParams]]:
+    """Rows of 1,024 tokens and more under top-p, where the native kernel draws without knowing the cut."""
+    generator = np.random.default_rng((number, 9))
+    vocabulary = int(generator.choice([1024, 1500, 5000]))
+    kinds = [kind for kind in sampling_rows.KINDS if kind not in ("nan", "+inf", "all -inf")]
+    rows = [
+        sampling_rows.row(generator, str(generator.choice(kinds)), vocabulary) * generator.choice([0.1, 1, 3])
+        for _ in range(8)
+    ]
+    logits = torch.from_numpy(np.stack(rows)).to(torch.bfloat16 if number % 3 == 0 else torch.float32)
+    params = [
+        SamplingParams(
+            seed=int(generator.integers(2**40)),
+            top_p=float(generator.choice([0.0, 0.05, 0.3, 0.5, 0.9, 0.95, 0.999, 0.9999999])),
+            temperature=float(generator.choice([0.01, 0.7, 1.0, 1.0, 1.5, 100.0])),
+            profile=[None, None, "hf"][generator.integers(3)],
+        )
+        for _ in range(8)
+    ]
+    return logits, params
+
+
+@pytest.mark.parametrize(
+    "numbers", [range(40), pytest.param(range(1000, 4000), marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_top_p_drawn_without_its_cut_gives_the_token_that_the_cut_gives(numbers: range) -> None:
+    """Without a need the cut is not looked for; with `kept` it is, and the reference sorts."""
+    for number in numbers:
+        logits, params = wide_rows(number)
+        dispatch.native = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference = sample(logits, params, number, need=("kept",))
+        dispatch.native = NATIVE
+        for level in NATIVE.simd_levels():
+            NATIVE.set_simd(level)
+            assert torch.equal(sample(logits, params, number).tokens, reference.tokens)
+            full = sample(logits, params, number, need=("kept",))
+            assert torch.equal(full.tokens, reference.tokens) and torch.equal(full.kept[1], reference.kept[1])
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
