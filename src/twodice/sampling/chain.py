@@ -63,6 +63,7 @@ def key_of(seed: int) -> int:
     return Key(seed).child("sampling").value
 
 
+@lru_cache(maxsize=1024)
 def _log(value: float) -> float:
     # A subnormal is taken as the smallest normal number: log is defined on these.
     return float(noise.log(torch.tensor([max(value, 2.0**-1022)], dtype=torch.float64)))
@@ -89,7 +90,9 @@ def program(params: SamplingParams) -> tuple[tuple[Stage, ...], Rule]:
     return tuple(codes), rules
 
 
+@lru_cache(maxsize=4096)
 def _row(params: SamplingParams) -> dict[str, Any]:
+    """The places of a row that differ from 0; not to be written to."""
     codes, rules = program(params)
     row: dict[str, Any] = {"stages": codes, "rules": int(rules), "temperature": params.temperature}
     for name, place in _NUMBERS.items():
