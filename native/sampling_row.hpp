@@ -108,13 +108,10 @@ class Chain {
         return static_cast<uint32_t>(i);
     }
 
-    // Maxima of the blocks from `begin` to `end`; whether there was a NaN.
-    bool take_maxima(int64_t begin, int64_t end) {
-        auto& m = maxima();
-        bool bad = false;
+    void take_maxima(int64_t begin, int64_t end) {
+        bool bad = false;  // the logits had no NaN, and edits make none
         for (int64_t b = begin; b < end; ++b)
-            m[b] = block_max<F>(x_ + b * kBlock, block_end(b) - b * kBlock, bad);
-        return bad;
+            maxima()[b] = block_max<F>(x_ + b * kBlock, block_end(b) - b * kBlock, bad);
     }
 
     void take_top() {
@@ -135,11 +132,16 @@ class Chain {
             x_ = reinterpret_cast<const F*>(start);
         } else {
             values.resize(n_);
-            widen<F>(in_, start, values.data());
             x_ = values.data();
         }
         maxima().resize(block_count());
-        if (take_maxima(0, block_count())) return kNan;
+        bool bad = false;
+        for (int64_t b = 0; b < block_count(); ++b) {  // a block is widened and read again while it is near
+            const int64_t begin = b * kBlock, count = block_end(b) - begin;
+            if (x_ == values.data()) widen<F>(in_, start, begin, count, values.data() + begin);
+            maxima()[b] = block_max<F>(x_ + begin, count, bad);
+        }
+        if (bad) return kNan;
         take_top();
         if (max_ == INFINITY) return kInfinite;
         if (edited_) {
@@ -329,15 +331,23 @@ class Chain {
             if (x_[i] >= bound && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
     }
 
-    // The `count` first keys of the rank order, unsorted; fewer where fewer live. The count-th largest block maximum is
-    // a lower bound of the count-th largest value, so only blocks that reach it are read again.
+    // The `count` first keys of the rank order, unsorted; fewer where fewer live. The count-th largest of the maxima of
+    // blocks, or of groups of blocks, which are fewer to look at, is not above the count-th largest value: only blocks that
+    // reach it are read again.
     void select(int64_t count, std::vector<Key>& out) {
         F bound = -INFINITY;
         if (count <= block_count()) {
-            auto& copy = s_.template buffers<F>().copy;
-            copy = maxima();
-            std::nth_element(copy.begin(), copy.begin() + (count - 1), copy.end(), std::greater<F>());
-            bound = copy[count - 1];
+            int64_t group = 1;
+            while (group < 8 && block_count() / (2 * group) >= 2 * count) group *= 2;
+            auto& most = s_.template buffers<F>().copy;
+            most.clear();
+            for (int64_t b = 0; b < block_count(); b += group) {
+                F m = maxima()[b];
+                for (int64_t j = b + 1; j < b + group && j < block_count(); ++j) m = maxima()[j] > m ? maxima()[j] : m;
+                most.push_back(m);
+            }
+            std::nth_element(most.begin(), most.begin() + (count - 1), most.end(), std::greater<F>());
+            bound = most[count - 1];
         }
         collect(bound, out);
         if (static_cast<int64_t>(out.size()) > count) {
@@ -951,7 +961,7 @@ class Chain {
         if (edited_) {
             auto& values = s_.template buffers<F>().raw;
             values.resize(in_.vocabulary);
-            widen<F>(in_, in_.data + row * in_.row_bytes, values.data());
+            widen<F>(in_, in_.data + row * in_.row_bytes, 0, in_.vocabulary, values.data());
             x = values.data();
             top = static_cast<double>(*std::max_element(values.begin(), values.end()));
         }

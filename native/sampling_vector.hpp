@@ -266,18 +266,18 @@ inline float widen_half(uint16_t h) {
     return sign ? -tiny : tiny;
 }
 
-// Row of any type and stride to contiguous F.
+// Values begin .. begin + n - 1 of a row of any type and stride, as contiguous F.
 template <class F>
-inline void widen(const Logits& in, const char* row, F* out) {
-    const int64_t n = in.vocabulary, step = in.column_stride;
+inline void widen(const Logits& in, const char* row, int64_t begin, int64_t n, F* out) {
+    const int64_t step = in.column_stride;
     switch (in.type) {
         case kFloat32: {
-            const float* p = reinterpret_cast<const float*>(row);
+            const float* p = reinterpret_cast<const float*>(row) + begin * step;
             for (int64_t i = 0; i < n; ++i) out[i] = static_cast<F>(p[i * step]);
             break;
         }
         case kBfloat16: {
-            const uint16_t* p = reinterpret_cast<const uint16_t*>(row);
+            const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + begin * step;
             if (step == 1)
                 for (int64_t i = 0; i < n; ++i) out[i] = bits_of<float>(uint32_t{p[i]} << 16);
             else
@@ -285,7 +285,7 @@ inline void widen(const Logits& in, const char* row, F* out) {
             break;
         }
         case kFloat16: {
-            const uint16_t* p = reinterpret_cast<const uint16_t*>(row);
+            const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + begin * step;
             int64_t i = 0;
 #ifdef TWODICE_LEVEL_AVX2
             if (step == 1 && sizeof(F) == 4)
@@ -297,10 +297,9 @@ inline void widen(const Logits& in, const char* row, F* out) {
             break;
         }
         case kFloat64: {
-            const double* p = reinterpret_cast<const double*>(row);
+            const double* p = reinterpret_cast<const double*>(row) + begin * step;
             for (int64_t i = 0; i < n; ++i) out[i] = static_cast<F>(p[i * step]);
             break;
         }
     }
 }
-
