@@ -399,9 +399,7 @@ def _edits(
     for name, said in steps:
         done += [name] if name else []
         is_masked |= not name
-        after = edited(
-            row, _only(params, done), history=history, allowed_mask=mask if is_masked else None
-        )[0]
+        after = edited(row, _only(params, done), history=history, allowed_mask=mask if is_masked else None)[0]
         gone = ((after == -torch.inf) & (before > -torch.inf)).nonzero()[:, 0]
         moved = ((after != before) & (after > -torch.inf)).nonzero()[:, 0]
         change = (after[moved].double() - before[moved].double()).abs()
