@@ -101,11 +101,11 @@ def test_explain_prints_a_line_for_each_token_when_piped(run: Path, say: Any) ->
 
 
 EVERY = shlex.split(
-    """--temp 0.8 --dynatemp-range 0.2 --dynatemp-exponent 2 --top-n-sigma 4 --top-k 90 --top-p 0.99 
-    --min-p 1e-6
-    --top-h 0.99 --typical-p 0.99 --epsilon-cutoff 1e-6 --eta-cutoff 1e-6 --xtc-probability 0.5 --xtc-threshold 0.2
-    --mirostat-tau 5 --mirostat-eta 0.2 --repetition-penalty 1.1 --presence-penalty 0.1 --frequency-penalty -0.1
-    --penalty-range 9 --no-repeat-ngram-size 3 --dry-multiplier 0.8 --dry-base 1.5 --dry-allowed-length 3
+    """--temp 0.8 --dynatemp-range 0.2 --dynatemp-exponent 2 --top-n-sigma 4 --top-k 90 --top-p 0.99
+    --min-p 1e-6 --top-h 0.99 --typical-p 0.99 --epsilon-cutoff 1e-6 --eta-cutoff 1e-6
+    --xtc-probability 0.5 --xtc-threshold 0.2 --mirostat-tau 5 --mirostat-eta 0.2
+    --repetition-penalty 1.1 --presence-penalty 0.1 --frequency-penalty -0.1 --penalty-range 9
+    --no-repeat-ngram-size 3 --dry-multiplier 0.8 --dry-base 1.5 --dry-allowed-length 3
     --dry-range 50 --dry-breakers 10,13 --logit-bias 65=1.5,66=-inf --banned-tokens 67 --min-tokens 2
     --stop-tokens 256 --order
     min_p,temperature,top_n_sigma,top_k,top_p,top_h,typical_p,epsilon_cutoff,eta_cutoff,xtc,mirostat"""
@@ -117,6 +117,7 @@ def test_every_setting_can_be_typed_and_comes_back_in_the_command(run: Path, say
     missing = {"--" + name.replace("_", "-") for name in FIELDS} - set(EVERY)
     assert missing == {"--temperature", "--xtc-by-expectation", "--profile", "--seed"}
     first = say(run, "--prompt", "abcab", "--max-tokens", 8, "-n", 2, "--json", "--explain", *EVERY)
+    assert first.code == 0, first.err
     told = json.loads(first.out)
     assert told["settings"]["mirostat_tau"] == {"value": 5.0, "from": "--mirostat-tau"}
     states = [record["state"] for record in told["completions"][0]["explain"]]

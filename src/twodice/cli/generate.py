@@ -414,6 +414,11 @@ def _quoted(text: str) -> str:
     return json_module.dumps(text, ensure_ascii=False)
 
 
+def _plain(name: str, value: Any) -> Any:
+    """A setting for JSON, which has no -inf: a bias as it is typed."""
+    return _written(name, value) if FIELDS[name].kind == "bias" and value is not None else value
+
+
 def _document(
     source: str,
     text: str,

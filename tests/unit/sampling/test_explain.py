@@ -25,7 +25,8 @@ EVERY: dict[str, Any] = {
     "top_h": 0.95, "typical_p": 0.97, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3, "xtc_probability": 0.9,
     "xtc_threshold": 0.1, "mirostat_tau": 3.0, "repetition_penalty": 1.2, "presence_penalty": 0.3,
     "frequency_penalty": 0.2, "no_repeat_ngram_size": 3, "dry_multiplier": 0.5,
-    "logit_bias": {1: 2.0, 3: -1.0}, "allowed_tokens": range(39), "banned_tokens": [0], "min_tokens": 9, "stop_tokens": [8], "seed": 4,
+    "logit_bias": {1: 2.0, 3: -1.0}, "allowed_tokens": range(39), "banned_tokens": [0], "min_tokens": 9,
+    "stop_tokens": [8], "seed": 4,
 }  # fmt: skip
 
 
