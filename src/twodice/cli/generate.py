@@ -447,7 +447,10 @@ def _document(
         "source": source,
         "prompt": text,
         "prompt_tokens": done[0].prompt_tokens,
-        "settings": {name: {"value": getattr(params, name), "from": origin[name]} for name in _told(params)},
+        "settings": {
+            name: {"value": _plain(name, getattr(params, name)), "from": origin[name]}
+            for name in _told(params)
+        },
         "seed": None if params.greedy else seed,
         "again": again,
         "completions": completions,
