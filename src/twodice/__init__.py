@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from twodice.dropout.trainer_callback import DropoutCallback as DropoutCallback
     from twodice.errors import TwodiceError as TwodiceError
     from twodice.random.keys import Key as Key
+    from twodice.sampling.explain import Explanation as Explanation
+    from twodice.sampling.explain import explain as explain
     from twodice.sampling.params import SamplingParams as SamplingParams
     from twodice.sampling.sample import sample as sample
 
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DropoutCallback": "twodice.dropout.trainer_callback",
     "DropoutPlan": "twodice.dropout.plan",
+    "Explanation": "twodice.sampling.explain",
     "Handle": "twodice.dropout.attach",
     "Key": "twodice.random.keys",
     "SamplingParams": "twodice.sampling.params",
@@ -37,6 +40,7 @@ _HOMES = {
     "attach": "twodice.dropout.attach",
     "attention": "twodice.dropout.attend",
     "dropout_add": "twodice.dropout.functional",
+    "explain": "twodice.sampling.explain",
     "max_norm_": "twodice.dropout.maxnorm",
     "r_drop_loss": "twodice.dropout.rdrop",
     "sample": "twodice.sampling.sample",
@@ -45,6 +49,7 @@ _HOMES = {
 __all__ = [
     "DropoutCallback",
     "DropoutPlan",
+    "Explanation",
     "Handle",
     "Key",
     "SamplingParams",
@@ -54,6 +59,7 @@ __all__ = [
     "attention",
     "dropout",
     "dropout_add",
+    "explain",
     "max_norm_",
     "nn",
     "r_drop_loss",

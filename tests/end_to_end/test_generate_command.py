@@ -14,6 +14,7 @@ import pytest
 from tests.unit.generation.conftest import byte_tokenizer, tiny_gpt2
 
 from twodice.cli.main import main
+from twodice.sampling.fields import FIELDS
 
 
 def save(folder: Path, **written: Any) -> Path:
@@ -99,6 +100,38 @@ def test_explain_prints_a_line_for_each_token_when_piped(run: Path, say: Any) ->
     assert len(lines) == 5
 
 
+EVERY = shlex.split(
+    """--temp 0.8 --dynatemp-range 0.2 --dynatemp-exponent 2 --top-n-sigma 4 --top-k 90 --top-p 0.99
+    --min-p 1e-6 --top-h 0.99 --typical-p 0.99 --epsilon-cutoff 1e-6 --eta-cutoff 1e-6
+    --xtc-probability 0.5 --xtc-threshold 0.2 --mirostat-tau 5 --mirostat-eta 0.2
+    --repetition-penalty 1.1 --presence-penalty 0.1 --frequency-penalty -0.1 --penalty-range 9
+    --no-repeat-ngram-size 3 --dry-multiplier 0.8 --dry-base 1.5 --dry-allowed-length 3
+    --dry-range 50 --dry-breakers 10,13 --logit-bias 65=1.5,66=-inf --banned-tokens 67 --min-tokens 2
+    --stop-tokens 256 --order
+    min_p,temperature,top_n_sigma,top_k,top_p,top_h,typical_p,epsilon_cutoff,eta_cutoff,xtc,mirostat"""
+)
+EVERY += ["--allowed-tokens", ",".join(map(str, range(200)))]
+
+
+def test_every_setting_can_be_typed_and_comes_back_in_the_command(run: Path, say: Any) -> None:
+    missing = {"--" + name.replace("_", "-") for name in FIELDS} - set(EVERY)
+    assert missing == {"--temperature", "--xtc-by-expectation", "--profile", "--seed"}
+    first = say(run, "--prompt", "abcab", "--max-tokens", 8, "-n", 2, "--json", "--explain", *EVERY)
+    assert first.code == 0, first.err
+    told = json.loads(first.out)
+    assert told["settings"]["mirostat_tau"] == {"value": 5.0, "from": "--mirostat-tau"}
+    states = [record["state"] for record in told["completions"][0]["explain"]]
+    assert states[0]["before"] is None
+    assert [s["before"] for s in states[1:]] == [s["after"] for s in states[:-1]]
+    second = say(*again(first.err))
+    assert second.out == "".join(
+        f"--- {i + 1} of 2\n{one['text']}\n" for i, one in enumerate(told["completions"])
+    )
+    engine = say(run, "--prompt", "a", "--profile", "llama.cpp", "--xtc-probability", 0.5, "--max-tokens", 3)
+    assert "profile llama.cpp (--profile)" in engine.err
+    assert say(*again(engine.err)).out == engine.out
+
+
 def test_greedy_is_the_other_pole(run: Path, say: Any) -> None:
     first, second = (say(run, "--prompt", "a", "--greedy", "--max-tokens", 9) for _ in range(2))
     assert first.out == second.out and "no draw was used" in first.err and "seed:" not in first.err
@@ -114,6 +147,10 @@ def test_greedy_is_the_other_pole(run: Path, say: Any) -> None:
         (["--prompt", "a", "--temperature", 0, "--min-p", 0.1], "--min-p would do nothing"),
         (["--prompt", "a", "--greedy", "-n", 2], "gives one text only; got -n 2"),
         (["--prompt", "a", "--top-p", 1.5], "top_p must be in [0, 1]; got 1.5"),
+        (["--prompt", "a", "--logit-bias", "5:1"], "--logit-bias must be ID=NUMBER,ID=NUMBER; got '5:1'"),
+        (["--prompt", "a", "--banned-tokens", "x"], "--banned-tokens must be ID,ID; got 'x'"),
+        (["--prompt", "a", "--order", "topk"], "did you mean 'top_k'"),
+        (["--prompt", "a", "--profile", "vlm"], "did you mean 'vllm'"),
         (["--prompt", "a", "--max-tokens", 0], "max_tokens must be an integer of at least 1"),
         (["--prompt", "a", "--threads", 0], "--threads must be at least 1"),
         (["--prompt", "a", "--stop", ""], "at least one character"),

@@ -6,36 +6,103 @@ same output again go to stderr. Ranges and help texts are those of `twodice.samp
 
 from __future__ import annotations
 
+import inspect
 import json as json_module
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twodice.sampling.fields import FIELDS
+from twodice.sampling.fields import FIELDS, is_off
+from twodice.sampling.formats import GENERATION
+from twodice.sampling.profiles import SWITCH
 
 if TYPE_CHECKING:
-    from twodice.generation.requests import Completion, TokenRecord
+    from twodice.generation.requests import Completion
+    from twodice.sampling.explain import Explanation
     from twodice.sampling.params import SamplingParams
 
 #: How many of the model's most probable tokens `--explain` shows.
 _BELIEVED = 5
-_CHAIN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_UNUSED_BY_GREEDY = ("temperature", "top_k", "top_p", "min_p", "seed")
+#: Settings that are told also where they are off; the others where they are on.
+_ALWAYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+#: Settings of stages 4 to 11, which greedy choice does not reach.
+_UNUSED_BY_GREEDY = tuple(
+    name
+    for name, field in FIELDS.items()
+    if name in {*SWITCH.values(), "dynatemp_range", "order", "seed"}
+    or set(field.needs) & {*SWITCH.values(), "dynatemp_range"}
+)
 
 
 def _help(name: str) -> str:
     """The help of a setting: no option says None, and one that is left out takes the folder's value."""
-    text = FIELDS[name].help.replace("None, ", "").replace("None takes", "left out, it takes")
-    return f"{text[0].upper()}{text[1:]}; in {FIELDS[name].interval}."
+    field = FIELDS[name]
+    text = field.help.replace("None, ", "").replace("None takes", "left out, it takes")
+    form = {"ids": "; ID,ID", "bias": "; ID=NUMBER,ID=NUMBER"}.get(str(field.kind), "")
+    where = f"; in {field.interval}" if field.interval and field.kind is not bool else ""
+    return f"{text[0].upper()}{text[1:]}{form}{where}."
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _option(name: str) -> inspect.Parameter:
+    """The option of one setting, from the table of settings."""
+    kind = FIELDS[name].kind
+    names = ("--temperature", "--temp") if name == "temperature" else (_flag(name),)
+    typed: Any = kind if isinstance(kind, type) else str
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[typed | None, typer.Option(*names, help=_help(name))],
+    )
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each setting of `FIELDS` in the place of its ``**settings``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own[:5], *map(_option, FIELDS), *own[5:]]
+    )
+    return command
+
+
+def _read(name: str, value: Any) -> Any:
+    """A setting as `SamplingParams` takes it, from what was typed."""
+    kind = FIELDS[name].kind
+    if not isinstance(value, str) or name == "profile":
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if kind == "names":
+        return tuple(parts)
+    try:
+        if kind == "ids":
+            return tuple(int(part) for part in parts)
+        pairs = [part.split("=") for part in parts]
+        return {int(token): float(add) for token, add in pairs}
+    except ValueError:
+        form = "ID,ID" if kind == "ids" else "ID=NUMBER,ID=NUMBER"
+        from twodice.errors import ConfigError
+
+        raise ConfigError(f"{_flag(name)} must be {form}; got {value!r}") from None
+
+
+def _written(name: str, value: Any) -> str:
+    """The reverse of `_read`."""
+    if isinstance(value, tuple):
+        return ",".join(f"{one[0]}={one[1]!r}" if isinstance(one, tuple) else str(one) for one in value)
+    return value if isinstance(value, str) else repr(value)
+
+
+@_with_settings
 def generate(
     source: Annotated[
         str,
@@ -49,14 +116,6 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 128,
     n: Annotated[int, typer.Option("-n", "--n", help="How many continuations, all under one seed.")] = 1,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", "--temp", help=_help("temperature"))
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help=_help("top_k"))] = None,
-    top_p: Annotated[float | None, typer.Option(help=_help("top_p"))] = None,
-    min_p: Annotated[float | None, typer.Option(help=_help("min_p"))] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help=_help("repetition_penalty"))] = None,
-    seed: Annotated[int | None, typer.Option(help=_help("seed"))] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most probable token.")] = False,
     stop: Annotated[
         list[str] | None, typer.Option(help="End the text where this comes, without it; may be repeated.")
@@ -70,23 +129,13 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the model [default: torch decides].")
     ] = None,
+    **settings: Any,
 ) -> None:
     """Continue a prompt with exact, seeded sampling.
 
     Settings that are not given come from the folder's generation_config.json.
     """
-    given: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("temperature", temperature),
-            ("top_k", top_k),
-            ("top_p", top_p),
-            ("min_p", min_p),
-            ("repetition_penalty", repetition_penalty),
-            ("seed", seed),
-        )
-        if value is not None
-    }
+    given = {name: _read(name, value) for name, value in settings.items() if value is not None}
     _check(given, greedy=greedy, n=n, threads=threads)
     text = _prompt(prompt, prompt_file)
 
@@ -105,7 +154,8 @@ def generate(
         torch.set_num_threads(threads)
     loaded = load(source, device=str(choose_device(device)))
     params, origin = settle(given, greedy, loaded.written, loaded.defaults)
-    notice("settings: " + ", ".join(f"{name} {_shown(params, name)} ({origin[name]})" for name in _CHAIN))
+    told = [f"{name} {_shown(params, name)} ({origin[name]})" for name in _told(params)]
+    notice("settings: " + ", ".join(told))
 
     engine = Engine(loaded.model, loaded.tokenizer, defaults=loaded.defaults)
     request = Request(text, params, max_tokens, stop or (), n, explain=_BELIEVED if explain else 0)
@@ -193,12 +243,12 @@ def settle(
     """
     from twodice.sampling.params import SamplingParams
 
-    values: dict[str, Any] = {"seed": given.get("seed")}
+    values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for name in _CHAIN:
+    for name in FIELDS:
         if name in given:
             values[name], origin[name] = given[name], _flag(name)
-        elif greedy and name != "repetition_penalty":
+        elif greedy and name in _UNUSED_BY_GREEDY:
             values[name], origin[name] = (0.0 if name == "temperature" else None), "--greedy"
         elif written.get(name) is not None:
             values[name], origin[name] = getattr(defaults, name), "generation_config.json"
@@ -217,12 +267,18 @@ def settle(
 def _shown(params: SamplingParams, name: str) -> str:
     """A setting for people: ``off`` where it changes nothing."""
     value = getattr(params, name)
-    is_off = (
-        value is None
-        or (value == FIELDS[name].neutral and name != "temperature")
-        or (name == "top_k" and value < 0)
-    )
-    return "off" if is_off else f"{value:g}"
+    if is_off(name, value) and name != "temperature":
+        return "off"
+    return f"{value:g}" if isinstance(value, float) else _written(name, value)
+
+
+def _told(params: SamplingParams) -> list[str]:
+    """The settings that are worth a word: those in force, and five that are so common that off is news."""
+    return [
+        name
+        for name in FIELDS
+        if name != "seed" and (name in _ALWAYS or not is_off(name, getattr(params, name)))
+    ]
 
 
 def _command(
@@ -241,15 +297,17 @@ def _command(
     words = ["twodice", "generate", source]
     words += ["--prompt", prompt] if prompt is not None else ["--prompt-file", str(prompt_file)]
     words += ["--max-tokens", str(max_tokens)]
-    if params.greedy:
-        words += ["--greedy"]
-        chain: tuple[str, ...] = ("repetition_penalty",)
-    else:
-        words += ["-n", str(n), "--seed", str(seed)]
-        chain = _CHAIN
-    for name in chain:
+    words += ["--greedy"] if params.greedy else ["-n", str(n), "--seed", str(seed)]
+    told = _told(params)
+    for name in FIELDS:
         value = getattr(params, name)
-        words += [_flag(name), repr(FIELDS[name].neutral if value is None else value)]
+        # What generation_config.json may say is spelled out also where it is off.
+        if (name not in told and name not in GENERATION) or (params.greedy and name in _UNUSED_BY_GREEDY):
+            continue
+        if FIELDS[name].kind is bool:
+            words += [_flag(name)]
+        else:
+            words += [_flag(name), _written(name, FIELDS[name].neutral if value is None else value)]
     for text in stop:
         words += ["--stop", text]
     if device != "cpu":
@@ -312,6 +370,7 @@ def _print_records(one: Completion, n: int) -> None:
     table.add_column("the model", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("odds", justify="right")
+    table.add_column("moved by each edit")
     table.add_column("left by each stage: tokens, mass")
     table.add_column("what the model believed")
     for record in one.records:
@@ -321,25 +380,39 @@ def _print_records(one: Completion, n: int) -> None:
             _percent(record.probability),
             str(record.rank + 1),
             _percent(record.odds),
+            escape(_moved(record)),
             _left(record),
             escape(_believed(record)),
         )
     out().print(table)
 
 
-def _line(record: TokenRecord) -> str:
+def _line(record: Explanation) -> str:
     return (
         f"{record.position:>5} {_quoted(record.text)}: the model {_percent(record.probability)}, "
-        f"rank {record.rank + 1}, odds {_percent(record.odds)}; left {_left(record)}; "
+        f"rank {record.rank + 1}, odds {_percent(record.odds)}; "
+        + (f"moved {_moved(record)}; " if record.edits else "")
+        + f"left {_left(record)}; "
         f"believed {_believed(record)}"
     )
 
 
-def _left(record: TokenRecord) -> str:
+def _left(record: Explanation) -> str:
     return "  ".join(f"{one.name}: {one.kept}, {_percent(one.mass)}" for one in record.stages) or "all"
 
 
-def _believed(record: TokenRecord) -> str:
+def _moved(record: Explanation) -> str:
+    """Each edit with the tokens that it moved furthest and how many it banned."""
+    return "  ".join(
+        f"{one.name}: "
+        + ", ".join(f"{_quoted(text)} {after - before:+.3g}" for _, text, before, after in one.moved[:3])
+        + (f" of {len(one.moved)}" if len(one.moved) > 3 else "")
+        + (f" {one.banned} banned" if one.banned else "")
+        for one in record.edits
+    )
+
+
+def _believed(record: Explanation) -> str:
     return "  ".join(f"{_quoted(text)} {_percent(value)}" for _, text, value in record.believed)
 
 
@@ -348,19 +421,9 @@ def _quoted(text: str) -> str:
     return json_module.dumps(text, ensure_ascii=False)
 
 
-def _record(record: TokenRecord) -> dict[str, Any]:
-    return {
-        "position": record.position,
-        "token": record.token,
-        "text": record.text,
-        "model_probability": record.probability,
-        "rank": record.rank,
-        "odds": record.odds,
-        "stages": [{"stage": stage.name, "kept": stage.kept, "mass": stage.mass} for stage in record.stages],
-        "believed": [
-            {"token": token, "text": text, "probability": value} for token, text, value in record.believed
-        ],
-    }
+def _plain(name: str, value: Any) -> Any:
+    """A setting for JSON, which has no -inf: a bias as it is typed."""
+    return _written(name, value) if FIELDS[name].kind == "bias" and value is not None else value
 
 
 def _document(
@@ -384,14 +447,17 @@ def _document(
             "logprobs": list(one.logprobs),
         }
         if one.records:
-            found["explain"] = [_record(record) for record in one.records]
+            found["explain"] = [record.to_dict() for record in one.records]
         completions.append(found)
     return {
         "twodice": twodice.__version__,
         "source": source,
         "prompt": text,
         "prompt_tokens": done[0].prompt_tokens,
-        "settings": {name: {"value": getattr(params, name), "from": origin[name]} for name in _CHAIN},
+        "settings": {
+            name: {"value": _plain(name, getattr(params, name)), "from": origin[name]}
+            for name in _told(params)
+        },
         "seed": None if params.greedy else seed,
         "again": again,
         "completions": completions,

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from twodice.errors import ContractError, RequestError
 from twodice.generation.cache import RowCache
-from twodice.generation.explain import explain
-from twodice.generation.requests import Completion, FinishReason, Request, TokenRecord
+from twodice.generation.requests import Completion, FinishReason, Request
 from twodice.generation.text import Detokenizer, TextStream
+from twodice.sampling.explain import Explanation, explain
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import SEED_BITS, sample
 
@@ -45,7 +45,7 @@ class _Sequence:
     stream: TextStream
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    records: list[TokenRecord] = field(default_factory=list)
+    records: list[Explanation] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     reason: FinishReason | None = None
     state: float = math.nan  # mirostat's
@@ -320,7 +320,7 @@ class _Batch:
             logits,
             tuple(one.params for one in live),
             torch.tensor([one.position for one in live]),
-            history=self._history(),
+            history=_history(live),
             completion=torch.tensor([one.completion for one in live]),
             state=torch.tensor([one.state for one in live], dtype=torch.float64),
             need=("raw_logprob",),
@@ -334,12 +334,12 @@ class _Batch:
                 record = explain(
                     logits[row],
                     one.params,
-                    one.position,
+                    self.engine._detokenizer.text_of,
+                    position=one.position,
+                    history=_history([one]),
                     completion=one.completion,
-                    history=(*one.prompt, *one.tokens),
-                    prompt_length=len(one.prompt),
+                    state=one.state,
                     top=one.request.explain,
-                    text_of=self.engine._detokenizer.text_of,
                 )
                 assert record.token == tokens[row], "a row explained alone draws what it drew in the batch"
                 one.records.append(record)
@@ -352,14 +352,6 @@ class _Batch:
             if live[row].reason is not None:
                 self._remove(row)
 
-    def _history(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The sequences so far for the stages that look at them, or None where no row has such a stage."""
-        if not any(one.params.needs_history for one in self.live):
-            return None
-        ids = [token for one in self.live for token in (*one.prompt, *one.tokens)]
-        offsets = torch.tensor([0] + [one.position for one in self.live]).cumsum(0)
-        return torch.tensor(ids), offsets, torch.tensor([len(one.prompt) for one in self.live])
-
     def _remove(self, row: int) -> None:
         last = len(self.live) - 1
         self.cache.remove(row)
@@ -367,6 +359,15 @@ class _Batch:
             self.mask[row] = self.mask[last]
         self.live[row] = self.live[last]
         self.live.pop()
+
+
+def _history(live: list[_Sequence]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The sequences so far for the stages that look at them, or None where no row has such a stage."""
+    if not any(one.params.needs_history for one in live):
+        return None
+    ids = [token for one in live for token in (*one.prompt, *one.tokens)]
+    offsets = torch.tensor([0] + [one.position for one in live]).cumsum(0)
+    return torch.tensor(ids), offsets, torch.tensor([len(one.prompt) for one in live])
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

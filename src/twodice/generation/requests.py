@@ -1,4 +1,4 @@
-"""What is asked of the engine and what it gives back: requests, completions, records of single tokens.
+"""What is asked of the engine and what it gives back: requests and completions.
 
 Plain values, checked at birth; knows no model and no tokenizer.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from twodice.errors import RequestError
+from twodice.sampling.explain import Explanation
 from twodice.sampling.params import SamplingParams
 
 FinishReason = Literal["end", "stop", "length"]
@@ -69,47 +70,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one stage of the chain left: `kept` tokens, of the mass [0, 1] after temperature."""
-
-    name: str
-    kept: int
-    mass: float
-
-
-@dataclass(frozen=True)
-class TokenRecord:
-    """How one token came to be drawn.
-
-    Attributes
-    ----------
-    position
-        Its place in the sequence, the prompt counted.
-    token, text
-        Its id, and its own bytes as text.
-    believed
-        The model's most probable tokens, before any stage: (id, text, probability).
-    stages
-        What was left after each stage that is on, in order.
-    probability
-        The model's own for the token drawn, before any stage.
-    odds
-        With which it was drawn, after all stages.
-    rank
-        Tokens that stood before it, after bias and penalty: 0 is the most probable.
-    """
-
-    position: int
-    token: int
-    text: str
-    believed: tuple[tuple[int, str, float], ...]
-    stages: tuple[Stage, ...]
-    probability: float
-    odds: float
-    rank: int
-
-
-@dataclass(frozen=True)
 class Completion:
     """One continuation of a prompt.
 
@@ -132,7 +92,7 @@ class Completion:
     prompt_tokens
         Length of the prompt [tokens].
     records
-        One `TokenRecord` a token where the request asked to `explain`, else empty.
+        One `Explanation` a token where the request asked to `explain`, else empty.
     """
 
     text: str
@@ -142,4 +102,4 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[float, ...]
     prompt_tokens: int
-    records: tuple[TokenRecord, ...] = ()
+    records: tuple[Explanation, ...] = ()

@@ -115,18 +115,25 @@ def _greedy(at: _Rows, row: Any) -> None:
     at.temperature = torch.zeros_like(at.temperature)
 
 
-def _dynatemp(at: _Rows, row: Any) -> None:
-    """T = low + (high - low) (H / log n)^exponent over the n tokens that are kept; T = 0 keeps the first."""
-    middle, spread = _column(row, "temperature", at.ordered), _column(row, "dynatemp_range", at.ordered)
-    exponent = _column(row, "dynatemp_exponent", at.ordered)
+def dynamic_temperature(
+    middle: Tensor, spread: Tensor, exponent: Tensor, n: Tensor, entropy: Tensor
+) -> Tensor:
+    """T = low + (high - low) (H / log n)^exponent for n tokens of this entropy [nats]; `middle` for one."""
     low, high = (middle - spread).clamp(min=0.0), middle + spread
-    n = (at.end - at.begin).to(torch.float64)
-    _, entropy = _entropy(at.z())
     share = (entropy / noise.log(n.clamp(min=2.0))).clamp(0.0, 1.0)
     tiny = 2.0**-1022  # log is defined on normal numbers
     power = torch.where(share >= tiny, noise.exp(exponent * noise.log(share.clamp(min=tiny))), 0.0)
     power = torch.where(exponent == 0, 1.0, power)
-    found = torch.where(n > 1, low + (high - low) * power, middle)
+    return torch.where(n > 1, low + (high - low) * power, middle)
+
+
+def _dynatemp(at: _Rows, row: Any) -> None:
+    """The dynamic temperature of the tokens that are kept; T = 0 keeps the first."""
+    middle, spread, exponent = (
+        _column(row, name, at.ordered) for name in ("temperature", "dynatemp_range", "dynatemp_exponent")
+    )
+    n = (at.end - at.begin).to(torch.float64)
+    found = dynamic_temperature(middle, spread, exponent, n, _entropy(at.z())[1])
     at.end = torch.where(found == 0, at.begin + 1, at.end)
     at.temperature = found
 

@@ -1,0 +1,417 @@
+"""How one token came to be drawn: what each edit moved, what each stage left, and the odds in the end.
+
+Every figure comes from `twodice.sampling.sample` (edits: from the kernels' own) on the same logits, with the
+settings switched on one by one in the row's own order: nothing of the chain is written a second time here.
+The file knows no model and no terminal.
+
+Letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twodice.errors import ConfigError, RequestError, ShapeError
+from twodice.kernels.sampling_edit import edit
+from twodice.kernels.sampling_reference import dynamic_temperature
+from twodice.kernels.sampling_settings import Sampled
+from twodice.sampling.chain import pack
+from twodice.sampling.fields import FIELDS, is_off
+from twodice.sampling.params import SamplingParams
+from twodice.sampling.profiles import SWITCH
+from twodice.sampling.sample import History, _history, _mask, sample
+
+EDITS = ("logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "repetition_penalty",
+         "frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "dry_multiplier")  # fmt: skip
+"""The settings of stages 2 and 3, in the order in which the contract has them act."""
+
+_LEAST_SHARE = 0.9  # of the vocabulary that a tokenizer must fill; models pad theirs by less
+Named = tuple[int, str, float]
+"""A token: its id, its text, and its probability under the model, before any setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What one setting of stages 2 and 3 did to single logits.
+
+    Attributes
+    ----------
+    name
+        The setting and its value.
+    moved
+        (id, text, logit before, logit after) of each token that it moved and left possible, the largest
+        change first.
+    banned
+        How many tokens it made impossible.
+    banned_top
+        The most probable of these.
+    """
+
+    name: str
+    moved: tuple[tuple[int, str, float, float], ...]
+    banned: int
+    banned_top: tuple[Named, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one stage that removes tokens left.
+
+    Attributes
+    ----------
+    name
+        The stage and its value.
+    kept
+        Tokens that were left.
+    mass
+        What was left of the distribution at the temperature in force, in (0, 1].
+    temperature
+        In force at this stage: 1 where the row's temperature comes behind it.
+    entropy_before, entropy
+        Of the distribution that the stage was given, and of the one that it left [nats].
+    removed
+        How many tokens it removed.
+    removed_top
+        The most probable of these.
+    """
+
+    name: str
+    kept: int
+    mass: float
+    temperature: float
+    entropy_before: float
+    entropy: float
+    removed: int
+    removed_top: tuple[Named, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How one token came to be drawn.
+
+    Attributes
+    ----------
+    position, completion, seed
+        The coordinates of the draw; the seed also where `sample` made one.
+    token, text
+        The token drawn; its text is empty without a tokenizer.
+    believed
+        The model's most probable tokens, before any setting.
+    edits
+        What bias, masks, bans and penalties did, those that were on.
+    order
+        The stages that are on, as they ran, the temperature among them.
+    stages
+        What each of them left that can remove tokens, in that order.
+    temperature
+        In force at the draw; 0 where no draw was used.
+    probability
+        The model's own for the token drawn, before any setting.
+    odds
+        With which it was drawn, after all stages.
+    rank
+        Tokens that stood before it, after the edits: 0 is the most probable.
+    kept, kept_mass
+        Tokens that it was drawn from, and their share of the distribution after temperature.
+    model_entropy, edited_entropy, entropy
+        Of the model's distribution, of that after the edits, and of the one drawn from [nats].
+    state, next_state
+        Mirostat's mu before and after [bits]; None where it is off, or at its start.
+    """
+
+    position: int
+    completion: int
+    seed: int
+    token: int
+    text: str
+    believed: tuple[Named, ...]
+    edits: tuple[Edit, ...]
+    order: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    temperature: float
+    probability: float
+    odds: float
+    rank: int
+    kept: int
+    kept_mass: float
+    model_entropy: float
+    edited_entropy: float
+    entropy: float
+    state: float | None
+    next_state: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, texts and lists for JSON: no NaN and no infinity."""
+        return {
+            "position": self.position,
+            "completion": self.completion,
+            "seed": self.seed,
+            "token": self.token,
+            "text": self.text,
+            "model_probability": self.probability,
+            "rank": self.rank,
+            "odds": self.odds,
+            "temperature": self.temperature,
+            "kept": self.kept,
+            "kept_mass": self.kept_mass,
+            "entropy": {"model": self.model_entropy, "edited": self.edited_entropy, "drawn": self.entropy},
+            "state": {"before": self.state, "after": self.next_state},
+            "order": list(self.order),
+            "edits": [
+                {
+                    "setting": one.name,
+                    "moved": [
+                        dict(zip(("token", "text", "before", "after"), moved, strict=True))
+                        for moved in one.moved
+                    ],
+                    "banned": one.banned,
+                    "banned_top": _listed(one.banned_top),
+                }
+                for one in self.edits
+            ],
+            "stages": [
+                {
+                    "stage": one.name,
+                    "kept": one.kept,
+                    "mass": one.mass,
+                    "temperature": one.temperature,
+                    "entropy_before": one.entropy_before,
+                    "entropy": one.entropy,
+                    "removed": one.removed,
+                    "removed_top": _listed(one.removed_top),
+                }
+                for one in self.stages
+            ],
+            "believed": _listed(self.believed),
+        }
+
+
+def _listed(tokens: Iterable[Named]) -> list[dict[str, Any]]:
+    return [dict(zip(("token", "text", "probability"), token, strict=True)) for token in tokens]
+
+
+def edited(
+    logits: Tensor, params: SamplingParams, *, history: History | None = None, allowed_mask: Any = None
+) -> Tensor:
+    """(R, V) logits as stages 2 and 3 leave them, float32, or float64 where they came so."""
+    rows, vocabulary = logits.shape
+    settings = pack(params).settings
+    past = _history(history, settings, rows, vocabulary)
+    wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
+    return edit(wide, settings, past, _mask(allowed_mask, rows, vocabulary))
+
+
+def _only(params: SamplingParams, on: Iterable[str]) -> SamplingParams:
+    """The settings with those alone in force whose switches are in `on`; seed, order and profile stay."""
+    switches, off = set(on), {}
+    for name, field in FIELDS.items():
+        is_part = switches & set(field.needs or (name,))
+        if not is_part and name not in ("seed", "order", "profile"):
+            off[name] = 1.0 if name == "temperature" else None
+    return dataclasses.replace(params, **off)  # type: ignore[arg-type]
+
+
+def _said(params: SamplingParams, switch: str) -> str:
+    value = getattr(params, switch)
+    if isinstance(value, tuple):
+        return f"{switch}: {len(value)} ids"
+    return f"{switch}={value}"
+
+
+def _text_of(tokenizer: Any, vocabulary: int) -> Callable[[int], str]:
+    if tokenizer is None:
+        return lambda token: ""
+    if not hasattr(tokenizer, "decode"):
+        if not callable(tokenizer):
+            raise ConfigError(
+                "tokenizer must have decode(ids), or be a function from an id to its text; "
+                f"got {type(tokenizer).__name__}"
+            )
+        return tokenizer  # type: ignore[no-any-return]
+    size = len(tokenizer)
+    if not _LEAST_SHARE * vocabulary <= size <= vocabulary:
+        raise RequestError(
+            f"the tokenizer must have the vocabulary of the logits, {vocabulary} tokens (a tenth may be "
+            f"padding); got one of {size}: take the tokenizer of the model that made the logits"
+        )
+    return lambda token: tokenizer.decode([token]) if token < size else ""
+
+
+def explain(
+    logits: Any,
+    params: SamplingParams,
+    tokenizer: Any = None,
+    *,
+    position: int = 0,
+    history: History | None = None,
+    completion: int = 0,
+    allowed_mask: Any = None,
+    state: Any = None,
+    top: int = 5,
+) -> Explanation:
+    """Draw the token of one row as `sample` does, and say how it came about.
+
+    Parameters
+    ----------
+    logits : (V,) or (1, V) float tensor
+    params, position, history, completion, allowed_mask, state
+        As for `sample`; `state` also as a number.
+    tokenizer : optional
+        One of transformers, or a function from a token's id to its text.
+    top : int
+        How many tokens to name where a list could be long, at least 0.
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    ShapeError
+        If there is more than one row, or a shape does not fit.
+    RequestError
+        If the tokenizer is of another vocabulary, or the row cannot be served.
+
+    Notes
+    -----
+    *Randomness*: the same coordinates as the draw that is explained, hence the same token. Costs one draw for
+    each stage that is on, and three.
+    """
+    logits = torch.as_tensor(logits)
+    row = logits[None] if logits.ndim == 1 else logits
+    if row.ndim != 2 or row.shape[0] != 1:
+        raise ShapeError(f"explain takes one row, (V,) or (1, V); got {tuple(logits.shape)}: take one row")
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(f"explain takes one SamplingParams; got {type(params).__name__}")
+    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        raise ConfigError(f"top must be an integer of at least 0; got {top!r}")
+    if isinstance(state, int | float):
+        state = torch.tensor([state], dtype=torch.float64)
+
+    def draw(settings: SamplingParams, *need: str, mask: Any = None) -> Sampled:
+        return sample(
+            row, settings, position, history=history, completion=completion, allowed_mask=mask,
+            state=state, need=need, on_bad_row="raise",
+        )  # fmt: skip
+
+    full = draw(params, "logprob", "raw_logprob", "rank", "kept", "kept_mass", "entropy", mask=allowed_mask)
+    params = dataclasses.replace(params, seed=full.seeds[0])
+    text_of = _text_of(tokenizer, row.shape[1])
+    belief = torch.softmax(row[0].double(), 0)
+
+    def named(ids: Tensor) -> tuple[Named, ...]:
+        return tuple((int(i), text_of(int(i)), float(belief[i])) for i in ids)
+
+    on = [name for name in EDITS if not is_off(name, getattr(params, name))]
+    edits = _edits(row, params, on, history, allowed_mask, text_of, named, belief, top)
+    stages: list[Stage] = []
+    temperature = 1.0
+    given = draw(_only(params, on), "kept", "kept_mass", "entropy", mask=allowed_mask)
+    edited_entropy = _number(given.entropy)
+    for stage in params.stages:
+        on += [SWITCH[stage]] if stage != "temperature" else ["temperature", "dynatemp_range"]
+        left = draw(_only(params, on), "kept", "kept_mass", "entropy", mask=allowed_mask)
+        before, after = _ids(given), _ids(left)
+        if stage == "temperature":
+            temperature = _temperature(params, given)
+        if stage != "temperature" or params.greedy or len(after) < len(before):
+            gone = before[~torch.isin(before, after)]
+            stages.append(
+                Stage(_said(params, SWITCH[stage]), len(after), _number(left.kept_mass), temperature,
+                      _number(given.entropy), _number(left.entropy), len(gone), named(gone[:top]))
+            )  # fmt: skip
+        given = left
+    token = int(full.tokens[0])
+    return Explanation(
+        position=position,
+        completion=completion,
+        seed=full.seeds[0],
+        token=token,
+        text=text_of(token),
+        believed=named(torch.sort(row[0], descending=True, stable=True).indices[:top]),
+        edits=edits,
+        order=params.stages,
+        stages=tuple(stages),
+        temperature=temperature,
+        probability=math.exp(_number(full.raw_logprob)),
+        odds=math.exp(_number(full.logprob)),
+        rank=int(_number(full.rank)),
+        kept=len(_ids(full)),
+        kept_mass=_number(full.kept_mass),
+        model_entropy=_number(draw(_only(params, ()), "entropy").entropy),
+        edited_entropy=edited_entropy,
+        entropy=_number(full.entropy),
+        state=None if full.state is None else _known(state),
+        next_state=_known(full.state),
+    )
+
+
+def _number(values: Tensor | None) -> float:
+    assert values is not None, "it was asked for"
+    return float(values[0])
+
+
+def _known(state: Any) -> float | None:
+    """Mirostat's mu, None where it is absent or a new start."""
+    value = math.nan if state is None else float(torch.as_tensor(state)[0])
+    return None if math.isnan(value) else value
+
+
+def _ids(found: Sampled) -> Tensor:
+    assert found.kept is not None, "it was asked for"
+    return found.kept[1]
+
+
+def _temperature(params: SamplingParams, given: Sampled) -> float:
+    """The temperature in force behind its stage, from what that stage was given."""
+    if is_off("dynatemp_range", params.dynatemp_range):
+        return params.temperature
+    numbers = (params.temperature, params.value("dynatemp_range"), params.value("dynatemp_exponent"),
+               len(_ids(given)), _number(given.entropy))  # fmt: skip
+    return float(dynamic_temperature(*(torch.tensor([value], dtype=torch.float64) for value in numbers)))
+
+
+def _edits(
+    row: Tensor,
+    params: SamplingParams,
+    on: list[str],
+    history: History | None,
+    mask: Any,
+    text_of: Callable[[int], str],
+    named: Callable[[Tensor], tuple[Named, ...]],
+    belief: Tensor,
+    top: int,
+) -> tuple[Edit, ...]:
+    """Each edit that is on, by the difference that it makes to the logits behind those before it."""
+    steps = [(name, _said(params, name)) for name in on]
+    if mask is not None:  # it acts behind the bias
+        steps.insert(int("logit_bias" in on), ("", "allowed_mask"))
+    found, done = [], []
+    before = edited(row, _only(params, ()))[0]
+    is_masked = False
+    for name, said in steps:
+        done += [name] if name else []
+        is_masked |= not name
+        after = edited(row, _only(params, done), history=history, allowed_mask=mask if is_masked else None)[0]
+        gone = ((after == -torch.inf) & (before > -torch.inf)).nonzero()[:, 0]
+        moved = ((after != before) & (after > -torch.inf)).nonzero()[:, 0]
+        change = (after[moved].double() - before[moved].double()).abs()
+        largest = moved[torch.sort(change, descending=True, stable=True).indices]
+        likely = gone[torch.sort(belief[gone], descending=True, stable=True).indices]
+        found.append(
+            Edit(
+                said,
+                tuple((int(i), text_of(int(i)), float(before[i]), float(after[i])) for i in largest),
+                len(gone),
+                named(likely[:top]),
+            )
+        )
+        before = after
+    return tuple(found)

@@ -1,0 +1,213 @@
+"""Bad input is told apart: field, value and interval; which of two settings to drop; what shape must come."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from twodice.errors import ConfigError, RequestError, ShapeError, TwodiceError
+from twodice.sampling.fields import FIELDS
+from twodice.sampling.params import SamplingParams
+from twodice.sampling.profiles import ORDER, PROFILES, check_order, profile
+from twodice.sampling.sample import sample
+
+WITH: dict[str, dict[str, Any]] = {
+    "dynatemp_exponent": {"dynatemp_range": 0.1}, "xtc_threshold": {"xtc_probability": 0.1},
+    "mirostat_eta": {"mirostat_tau": 1.0}, "penalty_range": {"presence_penalty": 0.1},
+    "dry_base": {"dry_multiplier": 1.0}, "dry_allowed_length": {"dry_multiplier": 1.0},
+    "dry_range": {"dry_multiplier": 1.0}, "dry_breakers": {"dry_multiplier": 1.0},
+    "stop_tokens": {"min_tokens": 1}, "min_tokens": {"stop_tokens": [0]},
+}  # fmt: skip
+
+
+def ends(name: str) -> tuple[list[float], list[float]]:
+    """Values just inside and just outside of both ends of a field's interval, read from its text."""
+    field = FIELDS[name]
+    whole = field.kind in (int, "ids")
+    inside: list[float] = []
+    outside: list[float] = []
+    for text, bracket, out in zip(field.interval[1:-1].split(", "), "[]", (-1, 1), strict=True):
+        open_end = field.interval[0 if out < 0 else -1] != bracket
+        if "inf" in text:
+            end = float(text)
+            (outside if open_end else inside).append(end)
+            continue
+        sign, base, power = re.fullmatch(r"(-?)([\de.+-]+)\^?(\d*)", text).groups()  # type: ignore[union-attr]
+        end = (int(base) ** int(power) if power else float(base)) * (-1 if sign else 1)
+        if whole:
+            end = int(end)
+            inside.append(end - out if open_end else end)
+            outside.append(end if open_end else end + out)
+        else:
+            inside.append(float(np.nextafter(end, -out * math.inf)) if open_end else end)
+            outside.append(end if open_end else float(np.nextafter(end, out * math.inf)))
+    return inside, outside
+
+
+def give(name: str, value: Any) -> SamplingParams:
+    kind = FIELDS[name].kind
+    part = {3: value} if kind == "bias" else [value] if kind == "ids" else value
+    return SamplingParams(**{name: part, **WITH.get(name, {})})
+
+
+NUMBERS = [name for name, field in FIELDS.items() if field.kind not in (bool, "names")]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_both_ends_of_every_interval_hold_and_beyond_them_the_error_names_it_all(name: str) -> None:
+    inside, outside = ends(name)
+    assert len(inside) + len(outside) >= 3
+    for value in inside:
+        give(name, value)
+    for value in [*outside, *([math.nan] if FIELDS[name].kind not in (int, "ids") else [])]:
+        with pytest.raises(ConfigError) as caught:
+            give(name, value)
+        for part in (name, repr(value), FIELDS[name].interval, FIELDS[name].help):
+            assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["1", True, [1]])
+def test_every_number_refuses_what_is_none(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        give(name, value)
+
+
+def test_a_truth_is_no_number() -> None:
+    with pytest.raises(ConfigError, match="xtc_by_expectation must be true or false; got 1"):
+        SamplingParams(xtc_probability=0.5, xtc_by_expectation=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.needs])
+def test_a_setting_that_acts_only_with_another_says_with_which(name: str) -> None:
+    alone: Any = {bool: True, "ids": [1]}.get(FIELDS[name].kind, 1)
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(**{name: alone})
+    assert " or ".join(FIELDS[name].needs) in str(caught.value) and f"drop {name}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": 0, "dynatemp_range": 0.1}, "drop dynatemp_range, or give a temperature"),
+        ({"min_tokens": 3}, "give them, or drop min_tokens"),
+        ({"allowed_tokens": [1, 2], "banned_tokens": [2, 1, 3]}, "banned_tokens bans every one.*drop one"),
+        (
+            {"xtc_probability": 0.5, "xtc_by_expectation": True, "mirostat_tau": 1.0},
+            "drop it, or drop mirostat_tau",
+        ),
+        (
+            {
+                "xtc_probability": 0.5, "xtc_by_expectation": True, "top_k": 3, "order": ("xtc", "top_k"),
+            },
+            "drop it, or drop top_k",
+        ),
+        ({"profile": "hf", "order": ORDER}, "drop order, or drop profile"),
+        ({"profile": "llama.cpp", "mirostat_tau": 3.0, "top_k": 5}, "ignores top_k.*mirostat_tau.*drop one"),
+        ({"order": ("top_p",), "top_k": 5}, "top_k is missing: add it, or drop it"),
+        ({"order": ("top_p", "top_k", "top_p")}, "top_p twice: drop one"),
+        ({"order": ("topp",)}, "got 'topp'; did you mean 'top_p'"),
+        ({"order": ()} | {"temperature": 0.5}, "temperature is missing"),
+        ({"profile": "vlm"}, "must be one of hf, vllm.*did you mean 'vllm'"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other_say_which_to_drop(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SamplingParams(**settings)
+
+
+ON: dict[str, dict[str, Any]] = {
+    "top_n_sigma": {"top_n_sigma": 1.0}, "top_h": {"top_h": 0.5}, "typical_p": {"typical_p": 0.5},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.1}, "eta_cutoff": {"eta_cutoff": 0.1},
+    "xtc_probability": {"xtc_probability": 0.5}, "mirostat_tau": {"mirostat_tau": 2.0},
+    "dynatemp_range": {"dynatemp_range": 0.2}, "dry_multiplier": {"dry_multiplier": 0.5},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2}, "presence_penalty": {"presence_penalty": 0.1},
+    "repetition_penalty": {"repetition_penalty": 1.1},
+}  # fmt: skip
+ABSENT = {
+    "hf": {"top_n_sigma", "xtc_probability", "mirostat_tau", "dynatemp_range", "dry_multiplier",
+           "presence_penalty"},
+    "vllm": {"top_n_sigma", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "xtc_probability",
+             "mirostat_tau", "dynatemp_range", "dry_multiplier", "no_repeat_ngram_size"},
+    "llama.cpp": {"top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size"},
+    "sglang": {"top_n_sigma", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "xtc_probability",
+               "mirostat_tau", "dynatemp_range", "dry_multiplier", "no_repeat_ngram_size"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", PROFILES)
+@pytest.mark.parametrize("name", ON)
+def test_a_profile_refuses_what_its_engine_does_not_have(engine: str, name: str) -> None:
+    if name not in ABSENT[engine]:
+        assert SamplingParams(profile=engine, **ON[name]).profile == engine
+        return
+    with pytest.raises(ConfigError, match=rf"{engine} has no {name}; drop it, or drop profile={engine!r}"):
+        SamplingParams(profile=engine, **ON[name])
+
+
+def test_orders_and_profiles_are_checked_where_they_are_asked_for() -> None:
+    assert check_order(["top_k", "xtc"], ["xtc"]) == ("top_k", "xtc")
+    with pytest.raises(ConfigError, match="xtc, mirostat is missing"):
+        check_order(["top_k"], ["xtc", "mirostat"])
+    with pytest.raises(ConfigError, match="did you mean 'sglang'"):
+        profile("sg-lang")
+    with pytest.raises(ConfigError, match=r"unknown sampling setting 'top_kk'.*'top_k'"):
+        SamplingParams.parse({"top_kk": 1})
+
+
+X = torch.zeros(2, 40)
+SEEDED = SamplingParams(seed=1)
+COUNTS = SamplingParams(frequency_penalty=0.5, seed=1)
+PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: sample(X, [SEEDED] * 3, 0), ShapeError, "one a row, 2; got 3"),
+        (lambda: sample(X, [], 0), ShapeError, "one a row, 2; got 0"),
+        (lambda: sample(torch.zeros(2, 3, 4), SEEDED, 0), ShapeError, r"got \(2, 3, 4\)"),
+        (lambda: sample(torch.zeros(2, 0), SEEDED, 0), ShapeError, r"got \(2, 0\)"),
+        (lambda: sample(torch.zeros(2, 4).long(), SEEDED, 0), ShapeError, "floats; got .* torch.int64"),
+        (lambda: sample(torch.zeros(1, 2**20 + 1), SEEDED, 0), ShapeError, r"at most 2\^20; got 1048577"),
+        (lambda: sample(X, SEEDED, [0, 1, 2]), ShapeError, r"position .*\(2,\); got shape \(3,\)"),
+        (lambda: sample(X, SEEDED, 0.5), ShapeError, "position must be an integer"),
+        (lambda: sample(X, SEEDED, [0.5, 1.5]), ShapeError, "position must be an integer"),
+        (lambda: sample(X, SEEDED, 2**32), RequestError, r"position must be in \[0, 2\^32\); got 4294967296"),
+        (lambda: sample(X, SEEDED, 0, completion=-1), RequestError, r"completion must be in .* got -1"),
+        (lambda: sample(X, SEEDED, 0, completion=[0]), ShapeError, "completion"),
+        (lambda: sample(X, SEEDED, 0, need="ranks"), ConfigError, "did you mean 'rank'"),
+        (lambda: sample(X, SEEDED, 0, on_bad_row="skip"), ConfigError, "'raise' or 'flag'; got 'skip'"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=torch.zeros(2, 1, dtype=torch.int32)), ShapeError,
+         r"allowed_mask must be \(2, 2\) int32.*got \(2, 1\)"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=torch.zeros(1, 2, dtype=torch.int32)), ShapeError,
+         r"got \(1, 2\)"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=torch.ones(2, 2)), ShapeError, "of torch.float32"),
+        (lambda: sample(X, SEEDED, 0, state=[1.0]), ShapeError, r"state .*\(2,\); got shape \(1,\)"),
+        (lambda: sample(X, SEEDED, 0, state=torch.zeros(2, 1)), ShapeError, r"got shape \(2, 1\)"),
+        (lambda: sample(X, COUNTS, 0), RequestError, "need history"),
+        (lambda: sample(X, COUNTS, 0, history=PAST[:2]), RequestError, "got no prompt_lengths"),
+        (lambda: sample(X, COUNTS, 0, history=7), ShapeError, "got int"),
+        (lambda: sample(X, COUNTS, 0, history=(*PAST, [0])), ShapeError, "ids, offsets, prompt_lengths"),
+        (lambda: sample(X, COUNTS, 0, history=([1, 2, 40], *PAST[1:])), RequestError, "got 1 to 40"),
+        (lambda: sample(X, COUNTS, 0, history=([1, -2, 4], *PAST[1:])), RequestError, "got -2 to 4"),
+        (lambda: sample(X, COUNTS, 0, history=(PAST[0], [0, 3], PAST[2])), ShapeError, r"offsets \(2,\)"),
+        (lambda: sample(X, COUNTS, 0, history=(PAST[0], [0, 2, 1], PAST[2])), ShapeError, "rise from 0 to 3"),
+        (lambda: sample(X, COUNTS, 0, history=(PAST[0], [1, 2, 3], PAST[2])), ShapeError, "rise from 0 to 3"),
+        (lambda: sample(X, COUNTS, 0, history=(*PAST[:2], [2, 0])), ShapeError, "prompt_lengths"),
+        (lambda: sample(X, COUNTS, 0, history=(*PAST[:2], [0])), ShapeError, "prompt_lengths"),
+        (lambda: sample(X, SamplingParams(logit_bias={40: 1.0}), 0), RequestError, r"\[0, 40\); got 40"),
+        (lambda: sample(X, SamplingParams(banned_tokens=range(40)), 0), RequestError,
+         r"row 0 has no token left .*1 more rows: \[1\]"),
+    ],
+)  # fmt: skip
+def test_a_call_that_cannot_be_meant_says_what_must_come_and_what_came(
+    call: Any, error: type[TwodiceError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        call()
