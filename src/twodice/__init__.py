@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from twodice.errors import TwodiceError as TwodiceError
     from twodice.random.keys import Key as Key
     from twodice.sampling.params import SamplingParams as SamplingParams
+    from twodice.sampling.processor import processor as processor
     from twodice.sampling.sample import sample as sample
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOMES = {
     "attention": "twodice.dropout.attend",
     "dropout_add": "twodice.dropout.functional",
     "max_norm_": "twodice.dropout.maxnorm",
+    "processor": "twodice.sampling.processor",
     "r_drop_loss": "twodice.dropout.rdrop",
     "sample": "twodice.sampling.sample",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "dropout_add",
     "max_norm_",
     "nn",
+    "processor",
     "r_drop_loss",
     "sample",
 ]
