@@ -94,7 +94,7 @@ class Processor(LogitsProcessor):
                     "prompts, or a generation that moves rows (beams, assistants): make one for each call"
                 )
         self.reset()
-        rows, width = ids.shape
+        rows = ids.shape[0]
         self._padding = self._left_padding(ids)
         n = self._completions(ids)
         each = (self.params,) * (rows // n) if isinstance(self.params, SamplingParams) else self.params
@@ -167,7 +167,7 @@ class Processor(LogitsProcessor):
             first = int(twins.nonzero()[0])
             raise RequestError(
                 f"rows {first} and {first + 1} have one prompt and one seed, so they would have one text; "
-                "give n=num_return_sequences, params with another seed for each prompt, or n=1 if this is meant"
+                "give n=num_return_sequences, params of other seeds, or n=1 if this is meant"
             )
 
     def _history(self, ids: Tensor) -> History | None:
@@ -189,7 +189,7 @@ def processor(
     pad_token_id: int | None = None,
     on_bad_row: Literal["raise", "flag"] = "raise",
 ) -> Processor:
-    """Draw by twodice inside ``generate``: ``model.generate(..., logits_processor=[twodice.processor(params)])``.
+    """Make ``model.generate(..., logits_processor=[twodice.processor(params)])`` draw by `sample`.
 
     The processor draws the token and hands on 0 for it and -inf for all others, so that ``generate`` takes it
     with ``do_sample`` true or false, and nothing that follows in its list can change it. What its generation

@@ -1,7 +1,7 @@
 """`twodice.processor` in transformers' ``generate``: the engine's tokens, whatever else ``generate`` is told.
 
-Two ways to the same logits (one batch with padding and one prompt alone) differ by float32 rounding, so a token
-could differ where two scores are within about 1e-6 of each other: seeds are fixed, and none is.
+Two ways to the same logits (one batch with padding and one prompt alone) differ by float32 rounding, so a
+token could differ where two scores are within about 1e-6 of each other: seeds are fixed, and none is.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.tiny_models import tiny_model
 
 import twodice
-from tests.support.tiny_models import tiny_model
 from twodice.errors import ConfigError, ContractError, RequestError, ShapeError
 from twodice.generation.requests import Request
 from twodice.sampling.params import SamplingParams
