@@ -2,8 +2,8 @@
 
 Name it, "twodice.sampling.vllm_plugin:VllmProcessor", when the engine starts: ``LLM(model,
 logits_processors=[...])`` or ``vllm serve --logits-processors``. A request that has
-``extra_args={"twodice": {...}}`` is then drawn by `sample`. The file knows the interface of vLLM's batch-level processors and imports vLLM only for its base
-class; the chain itself is `sample`.
+``extra_args={"twodice": {...}}`` is then drawn by `sample`. The file knows the interface of vLLM's
+batch-level processors and imports vLLM only for its base class; the chain itself is `sample`.
 
 Letters: R rows (requests in the batch), V vocabulary.
 """
