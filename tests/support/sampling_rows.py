@@ -167,10 +167,9 @@ def _setting(generator: np.random.Generator, vocabulary: int) -> SamplingParams:
                 if name != "stop_tokens":
                     del found[name]
         if "mirostat_tau" in found and found["profile"] == "llama.cpp":
-            for name in FILTERS:
-                if name != "mirostat_tau":
-                    found.pop(name, None)
-            found.pop("xtc_threshold", None)
+            keeps = {"seed", "profile", "temperature", "mirostat_tau", "mirostat_eta", "logit_bias"}
+            keeps |= {"allowed_tokens", "banned_tokens", "min_tokens", "stop_tokens"}
+            found = {name: value for name, value in found.items() if name in keeps}
         if not any(name.endswith("_penalty") for name in found):
             found.pop("penalty_range", None)
     if found.get("xtc_probability"):

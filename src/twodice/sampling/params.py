@@ -261,11 +261,9 @@ def _refuse_contradictions(params: SamplingParams) -> None:
             continue
         raise ConfigError(f"{params.profile} has no {name}; drop it, or drop profile={params.profile!r}")
     for name, together in engine.alone.items():
-        extra = [stage for stage in params.stages if stage not in together]
+        extra = [n for n in FIELDS if n not in together | _EVERYWHERE and not is_off(n, getattr(params, n))]
         if not is_off(name, getattr(params, name)) and extra:
-            raise ConfigError(
-                f"{params.profile} ignores {SWITCH[extra[0]]} where {name} is set; drop one of the two"
-            )
+            raise ConfigError(f"{params.profile} ignores {extra[0]} where {name} is set; drop one of the two")
 
 
 _EVERYWHERE = {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_tokens", "order",

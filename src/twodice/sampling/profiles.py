@@ -45,7 +45,8 @@ class Profile:
     defaults
         Its own values of settings that act where they are absent.
     alone
-        Settings that make it ignore every stage that is not in the set behind them.
+        Settings that make it ignore all others but those in the set behind them, and what every engine has
+        (bias, lists of ids).
     source
         What this was read from or tested against.
     """
@@ -77,8 +78,8 @@ PROFILES: dict[str, Profile] = {
                    "penalty_range", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_range",
                    "dry_breakers"}),
         ("COUNT_PROMPT",),
-        {"penalty_range": 64},
-        {"mirostat_tau": frozenset({"temperature", "mirostat"})},
+        {"penalty_range": 64, "dry_range": 64},
+        {"mirostat_tau": frozenset({"temperature", "mirostat_tau", "mirostat_eta"})},
         source="llama.cpp's common sampler; run side by side where its Python bindings are installed",
     ),
     "sglang": Profile(
