@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from twodice.sampling.params import SamplingParams as SamplingParams
     from twodice.sampling.processor import processor as processor
     from twodice.sampling.sample import sample as sample
+    from twodice.sampling.translate import translate as translate
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "processor": "twodice.sampling.processor",
     "r_drop_loss": "twodice.dropout.rdrop",
     "sample": "twodice.sampling.sample",
+    "translate": "twodice.sampling.translate",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "processor",
     "r_drop_loss",
     "sample",
+    "translate",
 ]
 
 

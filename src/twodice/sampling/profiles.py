@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from twodice.errors import ConfigError, nearest
+from twodice.sampling.fields import FIELDS
 
 ORDER = (
     "temperature",
@@ -57,6 +58,14 @@ class Profile:
     defaults: Mapping[str, int] = field(default_factory=dict)
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     source: str = ""
+
+    @property
+    def served(self) -> frozenset[str]:
+        """Every setting that it has; what belongs to one setting alone comes with that."""
+        found = {SWITCH[name] for name in self.order} | self.settings
+        return frozenset(
+            found | {name for name, one in FIELDS.items() if len(one.needs) == 1 and one.needs[0] in found}
+        )
 
 
 PROFILES: dict[str, Profile] = {

@@ -1,8 +1,8 @@
 """The profile of llama.cpp against llama.cpp itself, by its Python bindings, where these are installed.
 
 llama.cpp computes in float32, we in float64 and integers: a row counts where ours keeps the same tokens with
-every threshold moved by 1e-4 of itself to both sides. Which of tied tokens it cuts is an accident of its sort, so
-that rows with ties are compared by how many are kept, and by the odds.
+every threshold moved by 1e-4 of itself to both sides. Which of tied tokens it cuts is an accident of its
+sort, so that rows with ties are compared by how many are kept, and by the odds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from tests.support.sampling_rows import row
+
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
