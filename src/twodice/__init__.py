@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from twodice.sampling.explain import Explanation as Explanation
     from twodice.sampling.explain import explain as explain
     from twodice.sampling.params import SamplingParams as SamplingParams
+    from twodice.sampling.processor import processor as processor
     from twodice.sampling.sample import sample as sample
+    from twodice.sampling.translate import translate as translate
 
 __version__ = "0.1.0"
 
@@ -42,8 +44,10 @@ _HOMES = {
     "dropout_add": "twodice.dropout.functional",
     "explain": "twodice.sampling.explain",
     "max_norm_": "twodice.dropout.maxnorm",
+    "processor": "twodice.sampling.processor",
     "r_drop_loss": "twodice.dropout.rdrop",
     "sample": "twodice.sampling.sample",
+    "translate": "twodice.sampling.translate",
 }
 
 __all__ = [
@@ -62,8 +66,10 @@ __all__ = [
     "explain",
     "max_norm_",
     "nn",
+    "processor",
     "r_drop_loss",
     "sample",
+    "translate",
 ]
 
 

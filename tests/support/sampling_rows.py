@@ -9,7 +9,7 @@ from torch import Tensor
 from twodice.errors import ConfigError
 from twodice.sampling.fields import FIELDS
 from twodice.sampling.params import SamplingParams
-from twodice.sampling.profiles import ORDER, PROFILES, SWITCH
+from twodice.sampling.profiles import ORDER, PROFILES
 
 KINDS = (
     "normal", "flat", "peaked", "ties", "all equal", "one finite", "all -inf", "nan", "+inf", "gaps",
@@ -182,19 +182,17 @@ def _setting(generator: np.random.Generator, vocabulary: int) -> SamplingParams:
     elif chance(0.25):
         found["profile"] = pick(list(PROFILES))
         engine = PROFILES[found["profile"]]  # type: ignore[index]
-        served = {SWITCH[name] for name in engine.order} | engine.settings
         for name in list(found):
-            known = name in served or set(FIELDS[name].needs) & served
+            known = name in engine.served
             if not known and (
                 name in FILTERS or name in EDITS or FIELDS[name].needs or name == "dynatemp_range"
             ):
                 if name != "stop_tokens":
                     del found[name]
         if "mirostat_tau" in found and found["profile"] == "llama.cpp":
-            for name in FILTERS:
-                if name != "mirostat_tau":
-                    found.pop(name, None)
-            found.pop("xtc_threshold", None)
+            keeps = {"seed", "profile", "temperature", "mirostat_tau", "mirostat_eta", "logit_bias"}
+            keeps |= {"allowed_tokens", "banned_tokens", "min_tokens", "stop_tokens"}
+            found = {name: value for name, value in found.items() if name in keeps}
         if not any(name.endswith("_penalty") for name in found):
             found.pop("penalty_range", None)
     if found.get("xtc_probability"):

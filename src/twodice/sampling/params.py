@@ -254,19 +254,15 @@ def _refuse_contradictions(params: SamplingParams) -> None:
     engine = profile(params.profile)
     if params.order is not None:
         raise ConfigError(f"profile {params.profile!r} has an order of its own; drop order, or drop profile")
-    served = {SWITCH[name] for name in engine.order} | engine.settings
-    served |= {name for name, field in FIELDS.items() if set(field.needs) & served}
     for name in FIELDS:
-        if name in served or name in _EVERYWHERE or is_off(name, getattr(params, name)):
+        if name in engine.served or name in EVERYWHERE or is_off(name, getattr(params, name)):
             continue
         raise ConfigError(f"{params.profile} has no {name}; drop it, or drop profile={params.profile!r}")
     for name, together in engine.alone.items():
-        extra = [stage for stage in params.stages if stage not in together]
+        extra = [n for n in FIELDS if n not in together | EVERYWHERE and not is_off(n, getattr(params, n))]
         if not is_off(name, getattr(params, name)) and extra:
-            raise ConfigError(
-                f"{params.profile} ignores {SWITCH[extra[0]]} where {name} is set; drop one of the two"
-            )
+            raise ConfigError(f"{params.profile} ignores {extra[0]} where {name} is set; drop one of the two")
 
 
-_EVERYWHERE = {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_tokens", "order",
+EVERYWHERE = {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_tokens", "order",
                "profile", "seed"}  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from twodice.errors import ConfigError, nearest
+from twodice.sampling.fields import FIELDS
 
 ORDER = (
     "temperature",
@@ -45,7 +46,8 @@ class Profile:
     defaults
         Its own values of settings that act where they are absent.
     alone
-        Settings that make it ignore every stage that is not in the set behind them.
+        Settings that make it ignore all others but those in the set behind them, and what every engine has
+        (bias, lists of ids).
     source
         What this was read from or tested against.
     """
@@ -56,6 +58,14 @@ class Profile:
     defaults: Mapping[str, int] = field(default_factory=dict)
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     source: str = ""
+
+    @property
+    def served(self) -> frozenset[str]:
+        """Every setting that it has; what belongs to one setting alone comes with that."""
+        found = {SWITCH[name] for name in self.order} | self.settings
+        return frozenset(
+            found | {name for name, one in FIELDS.items() if len(one.needs) == 1 and one.needs[0] in found}
+        )
 
 
 PROFILES: dict[str, Profile] = {
@@ -77,8 +87,8 @@ PROFILES: dict[str, Profile] = {
                    "penalty_range", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_range",
                    "dry_breakers"}),
         ("COUNT_PROMPT",),
-        {"penalty_range": 64},
-        {"mirostat_tau": frozenset({"temperature", "mirostat"})},
+        {"penalty_range": 64, "dry_range": 64},
+        {"mirostat_tau": frozenset({"temperature", "mirostat_tau", "mirostat_eta"})},
         source="llama.cpp's common sampler; run side by side where its Python bindings are installed",
     ),
     "sglang": Profile(
