@@ -273,7 +273,6 @@ class LayerForward:
         ]
         return (y, *handed)
 
-
     def looked_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block once, for the form of what it returns, and leave no trace of it.
 

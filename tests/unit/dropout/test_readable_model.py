@@ -1,7 +1,7 @@
 """A Llama written out by hand, each kind of dropout with it, against the same model attached.
 
 This is the readable reference of the kinds: where each acts, by which key, and what one decision counts for,
-in plain torch and calls of `twodice.dropout`. Kinds and their papers are told in `dropout.plan`.
+in plain torch and calls of `twodice.dropout`.
 
 Letters: B rows, T positions, C width, H heads, K head width.
 """
@@ -49,7 +49,6 @@ class Readable:
         table = self.drop(base.embed_tokens.weight, "weight", "model.embed_tokens", layout="bc")
         x = functional.embedding(ids, table)
         x = x * self.drop(torch.ones(B, T, 1), "word", "model.embed_tokens", positions=ids)
-        # Both act on the input of the first layer; embedding stands first.
         x = self.drop(x, "embedding", "model")
         x = x * self.drop(torch.ones(B, T, 1), "token", "model")
         angles = base.rotary_emb(x, torch.arange(T)[None])
@@ -93,9 +92,7 @@ class Readable:
     def feed_forward(self, x: torch.Tensor, path: str, _: Any) -> torch.Tensor:
         """The feed-forward with the input of its last linear dropped."""
         gate, up = (self.linear(x, f"{path}.{name}_proj") for name in ("gate", "up"))
-        return self.linear(
-            self.drop(functional.silu(gate) * up, "activation", path), f"{path}.down_proj"
-        )
+        return self.linear(self.drop(functional.silu(gate) * up, "activation", path), f"{path}.down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +106,7 @@ def model() -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS], ids=lambda kinds: "+".join(kinds))
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS], ids="+".join)
 def test_an_attached_model_is_the_one_written_out(model: nn.Module, kinds: tuple[str, ...]) -> None:
     rates = {kind: 0.3 for kind in kinds}
     ids, found = tokens(3), []
