@@ -143,6 +143,15 @@ def gemma3(rows: int = ROWS, **settings: Any) -> tuple[nn.Module, Batch]:
     return _made("Gemma3ForCausalLM", "Gemma3TextConfig", shape), _language(rows)
 
 
+def gpt_oss(rows: int = ROWS, **settings: Any) -> tuple[nn.Module, Batch]:
+    """GPT-OSS: sinks and a sliding window in its attention."""
+    shape = {
+        **_ENDS, **_LLAMA, "head_dim": 8, "sliding_window": 4, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    return _made("GptOssForCausalLM", "GptOssConfig", {**shape, **settings}), _language(rows)
+
+
 def t5(rows: int = ROWS, **settings: Any) -> tuple[nn.Module, Batch]:
     """T5."""
     shape = {

@@ -212,6 +212,7 @@ class ExpertsForward:
         if positions is not None:
             times = positions.to(device).expand(frame.rows, T).reshape(-1)
         rate, step, key = site.enter(frame)
+        of_rows = isinstance(step, torch.Tensor) and step.dim() > 0
         total = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             if not 0 <= expert < module.num_experts:
@@ -220,7 +221,8 @@ class ExpertsForward:
             inner = self._inner(hidden_states[row], expert)
             columns = torch.arange(inner.shape[1], device=device) + expert * inner.shape[1]
             inner = noisy(
-                inner[:, None, None, :], rate, key, step, noise=site.noise, examples=examples[row],
+                inner[:, None, None, :], rate, key, step[rows[row]] if of_rows else step,  # type: ignore[index]
+                noise=site.noise, examples=examples[row],
                 positions=times[row, None], key_positions=columns[None], layout="bhts",
             )[:, 0, 0]  # fmt: skip
             outer = self._outer(inner, expert) * top_k_weights[row, place, None]

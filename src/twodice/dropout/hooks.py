@@ -108,6 +108,8 @@ class Site:
                 examples = torch.arange(rows, device=x.device)
             if examples.dim() == 1:
                 examples = examples[:, None].expand(rows, length)
+            if isinstance(step, torch.Tensor) and step.dim():
+                step = step[:, None].expand(rows, length).reshape(-1)
         elif positions is not None:
             if layout == "bc":
                 positions = None

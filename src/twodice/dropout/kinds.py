@@ -220,6 +220,10 @@ class LayerForward:
             rate, step, key = site.enter(frame)
             frame.visits[index] = visit
             if rate and is_dropped(int(rate), key.value, int(step)):
+                # What lies inside counts the visit too: a block that is visited again (ALBERT) has the masks
+                # of that visit, whether it was left out before or, in compiled code, run.
+                for inner in self.inside():
+                    frame.visits[inner] += 1
                 frame.visits[index] = visit + 1
                 return self.left_out(x, args, kwargs)
         output = self.forward(*args, **kwargs)
@@ -240,12 +244,19 @@ class LayerForward:
         y = x + dropped
         return (y, *output[1:]) if whole else y
 
+    def inside(self) -> list[int]:
+        """The numbers of the sites in this block."""
+        block = self.site.name.partition("#")[0]
+        return [
+            site.index
+            for site in self.state.sites
+            if site is not self.site and site.name.startswith((f"{block}.", f"{block}#"))
+        ]
+
     def left_out(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the block returns when it adds nothing."""
         if self.beside is None:
-            # What a block returns is known only from a call; the first one left out is run once for that.
-            with torch.no_grad():
-                output = self.forward(*args, **kwargs)
+            output = self.looked_at(args, kwargs)
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             self.beside = []
             for item in output[1:] if isinstance(output, tuple) else ():
@@ -261,6 +272,28 @@ class LayerForward:
             for name in self.beside
         ]
         return (y, *handed)
+
+    def looked_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block once, for the form of what it returns, and leave no trace of it.
+
+        Only a call tells that form. It must move neither a generator nor the statistics of a norm nor a count
+        of visits: a run that is resumed looks at another step than one that was not.
+        """
+        training = [module for module in self.module.modules() if module.training]
+        frame, drawing = self.state.frame, self.state.drawing
+        assert frame is not None
+        visits, streams = list(frame.visits), dict(frame.streams)
+        self.module.eval()
+        self.state.drawing = False
+        try:
+            with torch.no_grad():
+                return self.forward(*args, **kwargs)
+        finally:
+            self.state.drawing = drawing
+            frame.visits[:] = visits
+            frame.streams = streams
+            for module in training:
+                module.training = True
 
 
 class _LeftOut(torch.autograd.Function):

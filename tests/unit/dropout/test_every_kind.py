@@ -256,6 +256,44 @@ def test_layers_left_out_for_the_batch_do_not_run_and_have_zero_gradients() -> N
     assert len(seen) > 3
 
 
+def test_a_shared_layer_that_is_left_out_counts_its_visit_whatever_ran_before() -> None:
+    """What a resume rests on. A block that was run once to see what it returns must not move the masks of
+    the visits after it.
+    """
+
+    def losses(steps: range) -> dict[int, float]:
+        model, batch = ZOO["ALBERT"](num_hidden_layers=4)
+        handle = twodice.attach(model, "layer:batch=0.5, residual=0.3", seed=3)
+        found = {}
+        for step in steps:
+            with handle.step(step):
+                found[step] = loss_in(model, batch).item()
+        return found
+
+    whole = losses(range(6))
+    assert len(set(whole.values())) == 6
+    for step in range(6):
+        assert losses(range(step, step + 1))[step] == whole[step], step
+
+
+def test_looking_at_a_layer_that_is_left_out_moves_no_generator() -> None:
+    """A step in which layers are looked at draws its own dropout as one in which they are not."""
+    state = []
+    for before in (False, True):
+        model = tiny_model(resid_pdrop=0.5)
+        handle = twodice.attach(model, "layer:batch=0.9", seed=5)
+        if before:  # here the layers are looked at
+            with handle.step(0):
+                model(input_ids=tokens())
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            with handle.step(0):
+                model(input_ids=tokens())
+            state.append(torch.get_rng_state())
+        assert all(module.training for module in model.modules())
+    assert torch.equal(*state)
+
+
 def test_layers_dropped_for_an_example_hand_it_on_unchanged() -> None:
     model, handle = attached("layer[1]=0.5")
     block = model.model.layers[1]  # type: ignore[union-attr, index]

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from tests.support.model_zoo import ZOO
 from tests.support.tiny_models import ALL_KINDS, tiny_model, tokens
 from torch import nn
 
 import twodice
+from twodice.dropout.sites import find
 from twodice.errors import ConfigError, ContractError
 
 LAX = {"rtol": 1e-4, "atol": 1e-5}
@@ -28,6 +30,23 @@ def test_draws_do_not_depend_on_the_batch_or_on_how_many_share_a_pass() -> None:
         assert torch.allclose(getattr(whole, name), getattr(together, name), **LAX), name
         assert torch.allclose(getattr(whole, name)[2:3], getattr(alone, name), **LAX), name
     assert (whole.mutual_information > 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["OPT", "Mixtral", "DeepSeek-V3", "ALBERT", "T5", "Whisper", "nn.Transformer", "nn.LSTM"]
+)
+def test_draws_share_a_pass_at_flattened_rows_experts_and_stand_ins(name: str) -> None:
+    model, batch = ZOO[name]()
+    kinds = [kind for kind in find(model).kinds if kind not in ("weight", "dropout")] or ["dropout"]
+    handle = twodice.attach(model, ", ".join(f"{kind}=0.2" for kind in kinds), seed=3)
+    one = {n: v[1:2] if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    whole, together, alone = (
+        handle.monte_carlo(model, given, 4, per_pass=n, logits=lambda result: result["logits"])
+        for given, n in ((batch, 1), (batch, 3), (one, 4))
+    )
+    torch.testing.assert_close(together.mean, whole.mean, **LAX)
+    torch.testing.assert_close(alone.mean, whole.mean[1:2], **LAX)
+    assert (whole.mutual_information > 0).any()
 
 
 def test_entropy_and_mutual_information_are_those_of_two_known_networks() -> None:
