@@ -41,7 +41,7 @@ _UNUSED_BY_GREEDY = tuple(
 def _help(name: str) -> str:
     """The help of a setting: no option says None, and one that is left out takes the folder's value."""
     field = FIELDS[name]
-    text = field.help.replace("None, ", "").replace("None takes", "left out, it takes")
+    text = field.help.replace("None, ", "").replace("; None ", "; left out, it ")
     form = {"ids": "; ID,ID", "bias": "; ID=NUMBER,ID=NUMBER"}.get(str(field.kind), "")
     where = f"; in {field.interval}" if field.interval and field.kind is not bool else ""
     return f"{text[0].upper()}{text[1:]}{form}{where}."
