@@ -67,7 +67,7 @@ def conformance(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
 ) -> None:
     """Judge a sampler by exact tests. Exit code 0: as it claims; 1: rejected; 2: it could not be judged."""
-    from twodice.cli.console import EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, Progress, notice, print_json
+    from twodice.cli.console import EXIT_FAILED, EXIT_USAGE, Progress, notice, print_json
     from twodice.errors import DataError
     from twodice.sampling.conformance.claims import Rules
     from twodice.sampling.conformance.sampler import load
@@ -78,18 +78,14 @@ def conformance(
     rules = Rules.parse(ties=ties, crossing=crossing, temperature=temperature)
     offered = None if offers is None else [] if offers == "none" else offers.split(",")
     judged = load(sampler, offered)
-    try:
-        with Progress("conformance", 1_000) as progress:
-            verdict = judge(
-                judged,
-                rows=_names(rows),
-                draws=draws,
-                rules=rules,
-                progress=lambda share, part: progress.update(int(1_000 * share), part),
-            )
-    except KeyboardInterrupt:  # typer would end without a word
-        notice("stopped at once; nothing was written")
-        raise typer.Exit(EXIT_STOPPED) from None
+    with Progress("conformance", 1_000) as progress:
+        verdict = judge(
+            judged,
+            rows=_names(rows),
+            draws=draws,
+            rules=rules,
+            progress=lambda share, part: progress.update(int(1_000 * share), part),
+        )
     if html is not None:
         from twodice.sampling.conformance.page import page
 

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(EXIT_USAGE) from None
         if code == EXIT_STOPPED:
             raise KeyboardInterrupt
-    raise SystemExit(0)
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 def _in_words(error: Any) -> str:
