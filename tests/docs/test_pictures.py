@@ -43,6 +43,19 @@ def masks(of_dropout: ModuleType) -> dict[str, dict[str, torch.Tensor]]:
     return dict(zip(plans, of_dropout.masks_of_all(), strict=True))
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from twodice.training.config import TrainConfig
+    from twodice.training.loop import train
+    from twodice.training.tokens import store_for
+
+    folder = tmp_path_factory.mktemp("trained")
+    config = TrainConfig(
+        data=("python-docs",), share=0.05, model="gpt2-pico", vocabulary=512, context=32, batch=2, steps=2
+    )
+    return train(config, store_for(config, folder / "text", begun=False), folder / "run").model
+
+
 def test_the_masks_shown_are_nested_and_fall_at_their_rates(pictures: ModuleType) -> None:
     levels = pictures.dropped_levels(64, 512)
     assert set(np.unique(levels)) == {0, 1, 2}
@@ -50,27 +63,36 @@ def test_the_masks_shown_are_nested_and_fall_at_their_rates(pictures: ModuleType
     assert abs((levels == 2).mean() - 0.1) < 0.023 and abs((levels >= 1).mean() - 0.2) < 0.023
 
 
-def test_two_dice_is_drawn_from_a_model_that_was_trained(pictures: ModuleType, tmp_path: Path) -> None:
-    from twodice.training.config import TrainConfig
-    from twodice.training.loop import train
-    from twodice.training.tokens import store_for
-
-    config = TrainConfig(
-        data=("python-docs",), share=0.05, model="gpt2-pico", vocabulary=512, context=32, batch=2, steps=2
-    )
-    store = store_for(config, tmp_path / "text", begun=False)
-    result = train(config, store, tmp_path / "run")
-    words, probabilities = pictures.next_token_belief(result.model, pictures.PROMPT)
+def test_two_dice_is_drawn_from_a_model_that_was_trained(
+    pictures: ModuleType, model: Path, tmp_path: Path
+) -> None:
+    words, probabilities = pictures.next_token_belief(model, pictures.PROMPT)
     assert len(words) == 12 and probabilities[0] == probabilities.max()
     assert probabilities.sum() == pytest.approx(1.0)
-    path = pictures.draw(result.model, tmp_path / "images")
+    path = pictures.draw(model, tmp_path / "images")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+
+
+def test_the_pictures_of_sampling_show_what_is_drawn_from(model: Path, tmp_path: Path) -> None:
+    sampling = script("pictures_sampling")
+    _words, logits = sampling.logits_along(model)
+    for settings in sampling.PANELS:
+        drawn, found = sampling.drawn_from(logits[5], settings)
+        assert float(drawn.sum()) == pytest.approx(1.0) and int((drawn > 0).sum()) == found.kept
+        assert float(-(drawn * drawn.clamp(min=1e-300).log()).sum()) == pytest.approx(found.entropy, rel=1e-9)
+    for settings in sampling.SIZES:
+        assert sampling.sizes_along(logits, settings)[5] == sampling.drawn_from(logits[5], settings)[1].kept
+    paths = sampling.draw(model, tmp_path / "images")
+    assert [path.name for path in paths] == ["sampling-settings.png", "sampling-sizes.png"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
 
 
 def test_the_pictures_that_the_docs_show_are_there() -> None:
     assert (ROOT / "docs/images/two-dice.png").stat().st_size < 300_000
     assert (ROOT / "docs/images/report.png").stat().st_size < 300_000
     assert (ROOT / "docs/images/dropout-kinds.png").stat().st_size < 100_000
+    for name in ("sampling-settings", "sampling-sizes"):
+        assert (ROOT / f"docs/images/{name}.png").stat().st_size < 150_000
 
 
 def test_every_kind_and_every_noise_has_a_panel(of_dropout: ModuleType) -> None:

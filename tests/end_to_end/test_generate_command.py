@@ -132,6 +132,21 @@ def test_every_setting_can_be_typed_and_comes_back_in_the_command(run: Path, say
     assert say(*again(engine.err)).out == engine.out
 
 
+def test_explain_says_what_each_edit_moved_also_on_a_terminal(
+    run: Path, say: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (run, "--prompt", "ab", "--max-tokens", 3, "--seed", 1, "--explain", "--repetition-penalty", 1.5,
+             "--banned-tokens", "97", "--logit-bias", "5=2")  # fmt: skip
+    piped = say(*words)
+    first = next(line for line in piped.out.splitlines() if "believed" in line)
+    assert '; moved logit_bias: 1 ids: "\\u0005" +2  banned_tokens' in first
+    assert "banned_tokens: 1 ids: 1 banned  repetition_penalty=1.5: " in first
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "moved by each edit" in say(*words).out
+    assert "moved by each edit" not in say(run, "--prompt", "a", "--max-tokens", 2, "--explain").out
+
+
 def test_greedy_is_the_other_pole(run: Path, say: Any) -> None:
     first, second = (say(run, "--prompt", "a", "--greedy", "--max-tokens", 9) for _ in range(2))
     assert first.out == second.out and "no draw was used" in first.err and "seed:" not in first.err

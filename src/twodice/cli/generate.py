@@ -6,16 +6,15 @@ same output again go to stderr. Ranges and help texts are those of `twodice.samp
 
 from __future__ import annotations
 
-import inspect
 import json as json_module
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from twodice.cli.settings import flag, read, typed, with_settings
 from twodice.sampling.fields import FIELDS, is_off
 from twodice.sampling.formats import GENERATION
 from twodice.sampling.profiles import SWITCH
@@ -38,71 +37,7 @@ _UNUSED_BY_GREEDY = tuple(
 )
 
 
-def _help(name: str) -> str:
-    """The help of a setting: no option says None, and one that is left out takes the folder's value."""
-    field = FIELDS[name]
-    text = field.help.replace("None, ", "").replace("; None ", "; left out, it ")
-    form = {"ids": "; ID,ID", "bias": "; ID=NUMBER,ID=NUMBER"}.get(str(field.kind), "")
-    where = f"; in {field.interval}" if field.interval and field.kind is not bool else ""
-    return f"{text[0].upper()}{text[1:]}{form}{where}."
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _option(name: str) -> inspect.Parameter:
-    """The option of one setting, from the table of settings."""
-    kind = FIELDS[name].kind
-    names = ("--temperature", "--temp") if name == "temperature" else (_flag(name),)
-    typed: Any = kind if isinstance(kind, type) else str
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[typed | None, typer.Option(*names, help=_help(name))],
-    )
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each setting of `FIELDS` in the place of its ``**settings``."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
-    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own[:5], *map(_option, FIELDS), *own[5:]]
-    )
-    return command
-
-
-def _read(name: str, value: Any) -> Any:
-    """A setting as `SamplingParams` takes it, from what was typed."""
-    kind = FIELDS[name].kind
-    if not isinstance(value, str) or name == "profile":
-        return value
-    parts = [part.strip() for part in value.split(",")]
-    if kind == "names":
-        return tuple(parts)
-    try:
-        if kind == "ids":
-            return tuple(int(part) for part in parts)
-        pairs = [part.split("=") for part in parts]
-        return {int(token): float(add) for token, add in pairs}
-    except ValueError:
-        form = "ID,ID" if kind == "ids" else "ID=NUMBER,ID=NUMBER"
-        from twodice.errors import ConfigError
-
-        raise ConfigError(f"{_flag(name)} must be {form}; got {value!r}") from None
-
-
-def _written(name: str, value: Any) -> str:
-    """The reverse of `_read`."""
-    if isinstance(value, tuple):
-        return ",".join(f"{one[0]}={one[1]!r}" if isinstance(one, tuple) else str(one) for one in value)
-    return value if isinstance(value, str) else repr(value)
-
-
-@_with_settings
+@with_settings
 def generate(
     source: Annotated[
         str,
@@ -135,7 +70,7 @@ def generate(
 
     Settings that are not given come from the folder's generation_config.json.
     """
-    given = {name: _read(name, value) for name, value in settings.items() if value is not None}
+    given = {name: read(name, value) for name, value in settings.items() if value is not None}
     _check(given, greedy=greedy, n=n, threads=threads)
     text = _prompt(prompt, prompt_file)
 
@@ -201,7 +136,7 @@ def _check(given: dict[str, Any], *, greedy: bool, n: int, threads: int | None) 
         return
     if unused:
         raise ConfigError(
-            f"{by} always takes the most probable token; {_flag(unused[0])} would do nothing: drop one"
+            f"{by} always takes the most probable token; {flag(unused[0])} would do nothing: drop one"
         )
     if n > 1:
         raise ConfigError(f"{by} gives one text only; got -n {n}: drop one")
@@ -247,7 +182,7 @@ def settle(
     origin: dict[str, str] = {}
     for name in FIELDS:
         if name in given:
-            values[name], origin[name] = given[name], _flag(name)
+            values[name], origin[name] = given[name], flag(name)
         elif greedy and name in _UNUSED_BY_GREEDY:
             values[name], origin[name] = (0.0 if name == "temperature" else None), "--greedy"
         elif written.get(name) is not None:
@@ -269,7 +204,7 @@ def _shown(params: SamplingParams, name: str) -> str:
     value = getattr(params, name)
     if is_off(name, value) and name != "temperature":
         return "off"
-    return f"{value:g}" if isinstance(value, float) else _written(name, value)
+    return f"{value:g}" if isinstance(value, float) else typed(name, value)
 
 
 def _told(params: SamplingParams) -> list[str]:
@@ -305,9 +240,9 @@ def _command(
         if (name not in told and name not in GENERATION) or (params.greedy and name in _UNUSED_BY_GREEDY):
             continue
         if FIELDS[name].kind is bool:
-            words += [_flag(name)]
+            words += [flag(name)]
         else:
-            words += [_flag(name), _written(name, FIELDS[name].neutral if value is None else value)]
+            words += [flag(name), typed(name, FIELDS[name].neutral if value is None else value)]
     for text in stop:
         words += ["--stop", text]
     if device != "cpu":
@@ -370,7 +305,9 @@ def _print_records(one: Completion, n: int) -> None:
     table.add_column("the model", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("odds", justify="right")
-    table.add_column("moved by each edit")
+    has_edits = any(record.edits for record in one.records)
+    if has_edits:
+        table.add_column("moved by each edit", overflow="fold")
     table.add_column("left by each stage: tokens, mass")
     table.add_column("what the model believed")
     for record in one.records:
@@ -380,7 +317,7 @@ def _print_records(one: Completion, n: int) -> None:
             _percent(record.probability),
             str(record.rank + 1),
             _percent(record.odds),
-            escape(_moved(record)),
+            *([escape(_moved(record, "\n"))] if has_edits else []),
             _left(record),
             escape(_believed(record)),
         )
@@ -401,15 +338,15 @@ def _left(record: Explanation) -> str:
     return "  ".join(f"{one.name}: {one.kept}, {_percent(one.mass)}" for one in record.stages) or "all"
 
 
-def _moved(record: Explanation) -> str:
+def _moved(record: Explanation, between: str = "  ") -> str:
     """Each edit with the tokens that it moved furthest and how many it banned."""
-    return "  ".join(
-        f"{one.name}: "
-        + ", ".join(f"{_quoted(text)} {after - before:+.3g}" for _, text, before, after in one.moved[:3])
-        + (f" of {len(one.moved)}" if len(one.moved) > 3 else "")
-        + (f" {one.banned} banned" if one.banned else "")
-        for one in record.edits
-    )
+    told = []
+    for one in record.edits:
+        parts = [f"{_quoted(text)} {after - before:+.3g}" for _, text, before, after in one.moved[:3]]
+        parts += [f"{len(one.moved) - 3} more"] if len(one.moved) > 3 else []
+        parts += [f"{one.banned} banned"] if one.banned else []
+        told.append(f"{one.name}: " + (", ".join(parts) or "nothing"))
+    return between.join(told)
 
 
 def _believed(record: Explanation) -> str:
@@ -423,7 +360,7 @@ def _quoted(text: str) -> str:
 
 def _plain(name: str, value: Any) -> Any:
     """A setting for JSON, which has no -inf: a bias as it is typed."""
-    return _written(name, value) if FIELDS[name].kind == "bias" and value is not None else value
+    return typed(name, value) if FIELDS[name].kind == "bias" and value is not None else value
 
 
 def _document(
