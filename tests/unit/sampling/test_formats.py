@@ -88,7 +88,8 @@ def test_a_generation_config_that_cannot_be_served_is_refused(config: dict[str, 
 
 REQUEST = {
     "model": "m", "messages": [], "n": 2, "max_tokens": 9, "stop": ["x"], "stream": True,
-    "top_logprobs": None, "tools": None, "temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+    "top_logprobs": None, "tools": None, "temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
     "logit_bias": {"50256": -100, "11": 1.5}, "seed": 7, "top_k": 40, "min_p": 0.05,
     "repetition_penalty": 1.1, "min_tokens": 3, "stop_token_ids": [2],
 }  # fmt: skip

@@ -27,8 +27,7 @@ def said(settings: dict[str, Any], from_: str, to: str) -> tuple[SamplingParams,
     [
         (OURS, "vllm", {"xtc_probability": 0.5, "xtc_threshold": 0.2}, "xtc_probability is dropped: vllm"),
         ("vllm", "llama.cpp", {"temperature": 0.7, "top_p": 0.9},
-         "vllm runs temperature before top_p, llama.cpp after it, and both are set: the top_p that would "
-         "keep the same tokens is not constant"),
+         "llama.cpp after it, and both are set: the top_p that would keep the same tokens is not"),
         ("hf", "vllm", {"min_p": 0.1, "top_p": 0.9}, "hf runs top_p before min_p, vllm after it"),
         ("hf", OURS, {"top_k": 5}, "hf keeps every token that ties with the k-th, twodice exactly top_k"),
         ("vllm", "sglang", {"top_k": 5, "top_p": 0.9}, "sglang counts top_p over all tokens"),
@@ -131,7 +130,7 @@ def test_every_pair_of_engines_takes_everything() -> None:
 
 
 def test_what_cannot_be_translated_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="to must be one of .*did you mean 'vllm'"):
+    with pytest.raises(ConfigError, match=r"to must be one of .*did you mean 'vllm'"):
         twodice.translate(SamplingParams(), from_="hf", to="vlm")
     with pytest.raises(ConfigError, match="params has profile 'vllm' and from_ is 'hf'"):
         twodice.translate(SamplingParams(profile="vllm"), from_="hf", to="sglang")
