@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.docs.test_contracts import failures
+
 from twodice.sampling.profiles import SWITCH
 
 TEXT = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text(encoding="utf-8")

@@ -5,11 +5,12 @@ The file knows their names and their neutral values; ranges are those of ``field
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from twodice.errors import ConfigError
-from twodice.sampling.fields import is_off
+from twodice.errors import ConfigError, nearest
+from twodice.sampling.fields import FIELDS, is_off, token_ids
 from twodice.sampling.params import SamplingParams
 
 GENERATION: dict[str, Any] = {
@@ -29,6 +30,9 @@ GENERATION: dict[str, Any] = {
 transformers reads a missing field as *its* default (top_k = 50), so neutral values are spelled out.
 """
 
+# Ours that stand there in other words: see `_words`.
+_FROM_WORDS = ("banned_tokens", "logit_bias", "min_tokens", "stop_tokens")
+
 # Fields of transformers' GenerationConfig that change which token is drawn and that we do not serve, with
 # their neutral values.
 _UNSERVED: dict[str, Any] = {
@@ -37,18 +41,14 @@ _UNSERVED: dict[str, Any] = {
     "penalty_alpha": 0.0,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
     "force_words_ids": None,
-    "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
-    "sequence_bias": None,
     "guidance_scale": 1.0,
     "watermarking_config": None,
     "exponential_decay_length_penalty": None,
     "min_length": 0,
-    "min_new_tokens": None,
 }
 
 
@@ -56,14 +56,17 @@ def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None 
     """Read the sampling fields of a ``generation_config.json`` (a mapping, or transformers' object).
 
     ``do_sample`` false, also where it is missing, means temperature 0. A missing or null ``top_k`` is *off*
-    here: what is not written is not guessed. Fields that are not about the choice of a token (lengths,
-    special tokens) are none of our business; a field that changes the choice and that we cannot serve is an
-    error.
+    here: what is not written is not guessed. ``suppress_tokens`` and ``bad_words_ids`` of one id each are
+    `banned_tokens`, ``sequence_bias`` of one id each is `logit_bias`, ``min_new_tokens`` with
+    ``eos_token_id`` is `min_tokens` with `stop_tokens`. Fields that are not about the choice of a token
+    (lengths, special tokens) are none of our business; a field that changes the choice and that we cannot
+    serve is an error.
 
     Raises
     ------
     ConfigError
-        If a value is out of range, or the config asks for beams or another stage that is not there.
+        If a value is out of range, or the config asks for beams, for words of several tokens, or for another
+        stage that is not there.
     """
     mapping: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     unserved = {
@@ -76,7 +79,48 @@ def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None 
     found = {name: mapping[name] for name in GENERATION if mapping.get(name) is not None}
     if not mapping.get("do_sample", False):
         found["temperature"] = 0.0
+    found |= _words(mapping)
     return SamplingParams(**found, seed=seed)
+
+
+def _words(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Bans, biases and a least length in our own names."""
+    found: dict[str, Any] = {}
+    eos = mapping.get("eos_token_id")
+    ends = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
+    banned = set(mapping.get("suppress_tokens") or ())
+    # transformers leaves the end token out of its bad words: a text could not end
+    banned |= {_one("bad_words_ids", word) for word in mapping.get("bad_words_ids") or ()} - set(ends)
+    if banned:
+        found["banned_tokens"] = token_ids("banned_tokens", banned)
+    bias = mapping.get("sequence_bias")
+    if bias:
+        pairs = bias.items() if isinstance(bias, Mapping) else bias
+        try:
+            found["logit_bias"] = {_one("sequence_bias", words): add for words, add in pairs}
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"sequence_bias must be pairs of ids and a number; got {bias!r}") from None
+    if mapping.get("min_new_tokens"):
+        if not ends:
+            raise ConfigError(
+                f"min_new_tokens={mapping['min_new_tokens']} holds eos_token_id back, and there is none; "
+                "give it, or drop min_new_tokens"
+            )
+        found |= {"min_tokens": mapping["min_new_tokens"], "stop_tokens": ends}
+    return found
+
+
+def _one(name: str, word: Any) -> int:
+    """The id of a word of one token."""
+    ids = (word,) if isinstance(word, int) else tuple(word)
+    if len(ids) != 1:
+        raise ConfigError(
+            f"{name} may name words of one token here; got {word!r}, of {len(ids)}: drop it, or pass it to "
+            "the engine that serves it"
+        )
+    return ids[0]  # type: ignore[no-any-return]
 
 
 def to_generation_config(params: SamplingParams) -> dict[str, Any]:
@@ -85,13 +129,12 @@ def to_generation_config(params: SamplingParams) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If a setting has no place in that file (logit_bias, XTC, a profile, ...). The seed is left out: it
-        belongs to a request.
+        If a setting has no place in that file (XTC, a profile, ...). The seed is left out: it belongs to a
+        request.
     """
-    from twodice.sampling.fields import FIELDS
-
     for name in FIELDS:
-        if name not in GENERATION and name != "seed" and not is_off(name, getattr(params, name)):
+        served = name in GENERATION or name in _FROM_WORDS or name == "seed"
+        if not served and not is_off(name, getattr(params, name)):
             raise ConfigError(
                 f"{name} has no place in generation_config.json; drop it there and give it per request"
             )
@@ -102,4 +145,137 @@ def to_generation_config(params: SamplingParams) -> dict[str, Any]:
             value = neutral
         if value is not None:
             written[name] = value
+    bias: Any = params.logit_bias or ()
+    # -inf is a ban, and no JSON
+    banned = {*(params.banned_tokens or ()), *(id for id, add in bias if add == -math.inf)}
+    if banned:
+        written["suppress_tokens"] = sorted(banned)
+    finite = [[[id], add] for id, add in bias if add > -math.inf]
+    if finite:
+        written["sequence_bias"] = finite
+    if params.min_tokens:
+        assert params.stop_tokens is not None, "checked at birth"
+        written |= {"min_new_tokens": params.min_tokens, "eos_token_id": list(params.stop_tokens)}
+    return written
+
+
+# Fields of an OpenAI-style request by their names here, with the intervals of that API where they are
+# narrower than ours.
+_OPENAI = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "logit_bias": (-100.0, 100.0),
+    "seed": None,
+}
+_EXTENSIONS = {
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "typical_p": "typical_p",
+    "min_tokens": "min_tokens",
+    "stop_token_ids": "stop_tokens",
+    "allowed_token_ids": "allowed_tokens",
+}
+"""Fields that vLLM, SGLang and other servers add, and the settings that they are here."""
+
+_OTHER_BUSINESS = frozenset(
+    "model messages prompt input suffix echo n best_of stop stream stream_options max_tokens "
+    "max_completion_tokens max_output_tokens logprobs top_logprobs user metadata store service_tier "
+    "safety_identifier prompt_cache_key parallel_tool_calls ignore_eos skip_special_tokens".split()
+)
+"""Fields of a request that say nothing about the choice of a token among logits: the server's business."""
+
+_UNSERVED_BY_OPENAI = frozenset(
+    "response_format tools tool_choice functions function_call reasoning_effort modalities audio prediction "
+    "verbosity use_beam_search guided_json guided_regex guided_choice guided_grammar structured_outputs "
+    "length_penalty bad_words".split()
+)
+"""Fields that change which tokens can come and that a sampler alone does not serve."""
+
+
+def from_openai(request: Mapping[str, Any]) -> SamplingParams:
+    """Read the sampling fields of an OpenAI-style request (completions or chat).
+
+    Served: temperature, top_p, presence_penalty, frequency_penalty, logit_bias (names of ids as text), seed,
+    and the extensions top_k, min_p, repetition_penalty, typical_p, min_tokens with stop_token_ids,
+    allowed_token_ids. Null is absent. What says nothing about the choice of a token (messages, max_tokens, n,
+    stop, logprobs, ...) is passed over: it is the server's, which must read it, ``n`` too: completions of one
+    request differ by the `completion` given to `sample`. What changes the choice and is not served (tools, a
+    response format, a grammar) is an error.
+
+    Raises
+    ------
+    ConfigError
+        If a field is unknown (with the nearest name), not served, or out of the interval of the API.
+    """
+    found: dict[str, Any] = {}
+    for name, value in request.items():
+        if name in _OTHER_BUSINESS or value is None:
+            if name not in _KNOWN:
+                raise _unknown(name)
+        elif name in _UNSERVED_BY_OPENAI:
+            raise ConfigError(
+                f"{name} changes which tokens can come, and a sampler does not serve it; got {value!r}: give "
+                "`sample` an allowed_mask, or drop it"
+            )
+        elif name in _OPENAI:
+            found[name] = value
+        elif name in _EXTENSIONS:
+            found[_EXTENSIONS[name]] = value
+        else:
+            raise _unknown(name)
+    if "min_tokens" not in found:  # there it ends a text, here it only says what min_tokens holds back
+        found.pop("stop_tokens", None)
+    params = SamplingParams(**found)
+    _check_openai(params)
+    return params
+
+
+_KNOWN = _OTHER_BUSINESS | _UNSERVED_BY_OPENAI | set(_OPENAI) | set(_EXTENSIONS)
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        f"unknown field of a request {name!r}{nearest(name, _KNOWN)}; sampling has "
+        f"{', '.join([*_OPENAI, *_EXTENSIONS])}"
+    )
+
+
+def _check_openai(params: SamplingParams) -> None:
+    for name, bounds in _OPENAI.items():
+        value = getattr(params, name)
+        if bounds is None or value is None:
+            continue
+        low, high = bounds
+        for one in (add for _, add in value) if name == "logit_bias" else (value,):
+            if not low <= one <= high:
+                raise ConfigError(
+                    f"{name} of a request must be in [{low:g}, {high:g}]; got {one!r} ({FIELDS[name].help})"
+                )
+
+
+def to_openai(params: SamplingParams) -> dict[str, Any]:
+    """Return the settings as fields of an OpenAI-style request; what is off is left out.
+
+    The temperature is always there: servers differ in what they take a missing one for.
+
+    Raises
+    ------
+    ConfigError
+        If a setting has no field there, or a value is out of the interval of the API.
+    """
+    names = {name: name for name in _OPENAI} | {ours: theirs for theirs, ours in _EXTENSIONS.items()}
+    _check_openai(params)
+    written: dict[str, Any] = {"temperature": params.temperature}
+    for name in FIELDS:
+        value = getattr(params, name)
+        if is_off(name, value):
+            continue
+        if name not in names:
+            raise ConfigError(f"{name} has no field in an OpenAI-style request; drop it")
+        if name == "logit_bias":
+            value = {str(id): add for id, add in value}
+        written[names[name]] = list(value) if isinstance(value, tuple) else value
     return written

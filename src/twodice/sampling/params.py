@@ -216,6 +216,19 @@ class SamplingParams:
         return to_generation_config(self)
 
     @classmethod
+    def from_openai(cls, request: Mapping[str, Any]) -> SamplingParams:
+        """Read the sampling fields of an OpenAI-style request; see `formats.from_openai`."""
+        from twodice.sampling.formats import from_openai
+
+        return from_openai(request)
+
+    def to_openai(self) -> dict[str, Any]:
+        """Return the settings as fields of an OpenAI-style request; see `formats.to_openai`."""
+        from twodice.sampling.formats import to_openai
+
+        return to_openai(self)
+
+    @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> SamplingParams:
         """Build from names and values; an unknown name is an error with the nearest one."""
         for name in settings:

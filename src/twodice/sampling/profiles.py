@@ -73,7 +73,7 @@ PROFILES: dict[str, Profile] = {
         ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
         frozenset({"repetition_penalty", "no_repeat_ngram_size"}),
         ("TIES_AT_K", "HIGH_ID_FIRST"),
-        source="transformers 5, run side by side in the tests",
+        source="transformers 5, run side by side in the tests; torch's sort taken as stable",
     ),
     "vllm": Profile(
         ("temperature", "min_p", "top_k", "top_p"),

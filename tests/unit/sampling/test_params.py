@@ -82,8 +82,8 @@ def test_generation_config_refuses_what_it_cannot_serve() -> None:
         SamplingParams.from_generation_config({"num_beams": 4})
     with pytest.raises(ConfigError, match="top_p must be in"):
         SamplingParams.from_generation_config({"do_sample": True, "top_p": 7})
-    with pytest.raises(ConfigError, match="logit_bias has no place"):
-        SamplingParams(logit_bias={1: 1.0}).to_generation_config()
+    with pytest.raises(ConfigError, match="xtc_probability has no place"):
+        SamplingParams(xtc_probability=0.5).to_generation_config()
 
 
 def test_transformers_reads_what_we_write() -> None:

@@ -169,7 +169,7 @@ def cases(names: tuple[str, ...], number: int) -> Iterator[tuple[Tensor, dict[st
 def test_a_profile_keeps_what_its_engine_keeps_ties_too(profile: str) -> None:
     keep, names = ENGINES[profile]
     counted = skipped = cut = known = 0
-    for x, settings, history in cases(names, 2400):
+    for x, settings, history in cases(names, 1200):
         edited = keep(x, {n: v for n, v in settings.items() if n in EDITS}, history)
         if not tokens_of(edited):  # all banned: transformers has no rule for that
             continue
@@ -187,7 +187,7 @@ def test_a_profile_keeps_what_its_engine_keeps_ties_too(profile: str) -> None:
             known += 1
         counted += 1
         cut += len(theirs) < int((x > -torch.inf).sum())
-    assert counted > 2300 and cut > 1200 and known < 40, (counted, skipped, cut, known)
+    assert counted > 1150 and cut > 600 and known < 20, (counted, skipped, cut, known)
 
 
 @pytest.mark.parametrize("profile", ENGINES)

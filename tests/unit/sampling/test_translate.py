@@ -27,8 +27,7 @@ def said(settings: dict[str, Any], from_: str, to: str) -> tuple[SamplingParams,
     [
         (OURS, "vllm", {"xtc_probability": 0.5, "xtc_threshold": 0.2}, "xtc_probability is dropped: vllm"),
         ("vllm", "llama.cpp", {"temperature": 0.7, "top_p": 0.9},
-         ("vllm runs temperature before top_p, llama.cpp after it, and both are set: the top_p that would "
-          "keep the same tokens is not constant")),
+         "llama.cpp after it, and both are set: the top_p that would keep the same tokens is not"),
         ("hf", "vllm", {"min_p": 0.1, "top_p": 0.9}, "hf runs top_p before min_p, vllm after it"),
         ("hf", OURS, {"top_k": 5}, "hf keeps every token that ties with the k-th, twodice exactly top_k"),
         ("vllm", "sglang", {"top_k": 5, "top_p": 0.9}, "sglang counts top_p over all tokens"),
