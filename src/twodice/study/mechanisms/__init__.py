@@ -1,1 +1,1 @@
-"""What dropout is said to do inside a model, measured on a trained one: heads, units, shifted text, ensembles."""
+"""What dropout is said to do inside a model, measured on a trained one."""

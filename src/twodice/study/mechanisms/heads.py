@@ -63,7 +63,8 @@ def entropy(weights_BHTS: torch.Tensor) -> float:
 
 
 def _entropies(weights: torch.Tensor) -> torch.Tensor:
-    return -torch.special.xlogy(weights, weights).sum(-1)
+    each: torch.Tensor = torch.special.xlogy(weights, weights)
+    return -each.sum(-1)
 
 
 def read_heads(

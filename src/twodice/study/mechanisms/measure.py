@@ -167,7 +167,7 @@ def _shifted(
     alphabet = "".join(texts)
     noise = _KEY.child("noise")
     spoilt = [shift.noisy(text, NOISE, alphabet, noise.child(i)) for i, text in enumerate(texts)]
-    other, _ = shift.other_domain(sources, characters)
+    other = shift.domain_text(sources, characters)
     plain, noisy, domain = (
         shift.bits_per_byte(model, store.tokenizer, some, context, rows) for some in (texts, spoilt, [other])
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 #: The masks under which every arm is averaged alike, whatever it was trained with.
@@ -13,6 +14,8 @@ REFERENCE_PLAN = "residual=0.1"
 NOISE = 0.05
 #: K, draws of masks.
 DRAWS = 16
+#: The texts that stand for another domain: the second where the first was trained on.
+DOMAINS = ("Python’s language reference", "random letters of a Markov source (16 symbols, order 2)")
 
 
 class Measure(NamedTuple):
@@ -34,19 +37,19 @@ MEASURES = (
     Measure("head_entropy", "Width of heads", "entropy of a head’s attention weights, nats", "nats"),
     Measure(
         "head_removed",
-        "Loss of one head",
+        "One head removed",
         "rise of the loss when a single head is set to 0, mean over heads, nats per token",
         "plain1",
     ),
     Measure(
         "head_removed_most",
-        "Loss of the head that counts most",
+        "The head that counts most",
         "the largest of these rises, nats per token",
         "plain1",
     ),
     Measure(
         "unit_removed",
-        "Loss of one unit",
+        "One unit removed",
         "rise of the loss when a single unit of a feed-forward is set to 0, mean over units, nats per token",
         "plain1",
     ),
@@ -72,8 +75,8 @@ MEASURES = (
     Measure(
         "ensemble_gain",
         "Averaging masks",
-        f"loss of the mean of {DRAWS} draws of {REFERENCE_PLAN} less that of one pass without dropout, nats per "
-        "token; below 0 the average is better",
+        f"loss of the mean of {DRAWS} draws of {REFERENCE_PLAN} less that of one pass without dropout, nats "
+        "per token; below 0 the average is better",
         "plain1",
     ),
     Measure(
@@ -91,3 +94,8 @@ MEASURES = (
     ),
 )
 FIELDS = tuple(one.field for one in MEASURES)
+
+
+def other_domain(sources: Sequence[str]) -> str:
+    """Which of `DOMAINS` none of the `sources` that were trained on is."""
+    return DOMAINS["python-docs" in sources]

@@ -21,12 +21,12 @@ from twodice.random.keys import Key
 from twodice.random.permutation import permute
 from twodice.random.philox import philox4x32
 from twodice.random.thresholds import round_rate
+from twodice.study.mechanisms.measures import DOMAINS, other_domain
 from twodice.text.corpora import load_documents
 from twodice.text.markov import MarkovSource
 from twodice.training.evaluate import IGNORED, nats
 
-#: Seed of the Markov source that stands for another domain; a study that trained on a source of this seed
-#: would be given its own language.
+#: Seed of the Markov source that stands for another domain: no other seed has its table.
 _OTHER_SEED = 90_210
 
 
@@ -71,18 +71,12 @@ def noisy(text: str, rate: float, alphabet: str, key: Key) -> str:
     return "".join(out)
 
 
-def other_domain(sources: Sequence[str], characters: int) -> tuple[str, str]:
-    """A text of another domain than that of the `sources` trained on, and what it is, in words.
-
-    Python's language reference; where that was trained on, random letters of a Markov source whose table is
-    its own.
-    """
-    if "python-docs" not in sources:
-        corpus = load_documents(["python-docs"])
-        texts = [document.text for document in corpus.documents]
-        return "".join(texts)[:characters], "Python's language reference"
-    source = MarkovSource(num_bytes=characters, seed=_OTHER_SEED)
-    return source.draw().decode("ascii"), "random letters of a Markov source (16 symbols, order 2)"
+def domain_text(sources: Sequence[str], characters: int) -> str:
+    """The beginning of the text of another domain than that of the `sources` trained on (`other_domain`)."""
+    if other_domain(sources) == DOMAINS[0]:
+        documents = load_documents(["python-docs"]).documents
+        return "".join(document.text for document in documents)[:characters]
+    return MarkovSource(num_bytes=characters, seed=_OTHER_SEED).draw().decode("ascii")
 
 
 def sample_text(texts: Sequence[str], characters: int, key: Key) -> list[str]:
