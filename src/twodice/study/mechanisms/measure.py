@@ -9,6 +9,7 @@ Letters: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from twodice.study.arms import rate_is_live
 from twodice.study.mechanisms import ablation, correlation, heads, shift
 from twodice.study.mechanisms.ensemble import Ensemble, compare_with_draws
 from twodice.study.mechanisms.measures import DRAWS, NOISE, REFERENCE_PLAN
-from twodice.training.config import TrainConfig
+from twodice.training.config import read_config
 from twodice.training.evaluate import IGNORED, nats, split_window
+from twodice.training.run_folder import CONFIG
 from twodice.training.step import choose_device
 
 #: What is looked at, at most.
 WINDOWS, QUERIES, HEADS, UNITS, CORRELATED = 8, 32, 16, 32, 128
 #: Windows x T x V of the logits of one pass, at most, unless one window is more.
-LOGITS = 1 << 24
+LOGITS = 1 << 22
 #: Characters of text with noise and of another domain; a long context takes more.
 CHARACTERS = 4096
 _KEY = Key(0).child("mechanisms")
@@ -59,14 +61,14 @@ class Mechanisms:
     own_ensemble_gain: float | None
 
 
-def measure_trial(folder: str | Path, config: TrainConfig, store: Any) -> Mechanisms:
-    """Measure the exported model of a finished trial, with the plan that it was trained with."""
-    device = choose_device(config.device)
-    model = load(Path(folder)).model.to(device)
+def measure_trial(out: str | Path, store: Any) -> Mechanisms:
+    """Measure the exported model, that of the best step, of a finished run, with the run's own plan."""
+    out = Path(out)
+    config = read_config(out / CONFIG)
     assert config.context is not None
-    return measure(
-        model, store, config.context, DropoutPlan.parse(config.dropout), config.data, total_steps=config.steps
-    )
+    model = load(out).model.to(choose_device(config.device))
+    plan, sources = DropoutPlan.parse(config.dropout), [str(source) for source in config.data]
+    return measure(model, store, config.context, plan, sources, total_steps=config.steps)
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ def measure(
     store: Any,
     context: int,
     plan: DropoutPlan,
-    sources: Any,
+    sources: Sequence[str],
     *,
     total_steps: int | None = None,
 ) -> Mechanisms:
@@ -151,7 +153,7 @@ def _windows(store: Any, context: int) -> tuple[torch.Tensor, torch.Tensor]:
     return split_window(tokens, split.loss_mask(places, context))
 
 
-def _removed(found: Inventory, loss: Any) -> tuple[list[float], list[float]]:
+def _removed(found: Inventory, loss: Callable[[], float]) -> tuple[list[float], list[float]]:
     heads_there, units_there = ablation.heads_of(found), ablation.units_of(found)
     lone_heads = ablation.rises(ablation.chosen(heads_there, HEADS, _KEY.child("heads")), loss)
     lone_units = ablation.rises(ablation.chosen(units_there, UNITS, _KEY.child("units")), loss)
@@ -159,7 +161,7 @@ def _removed(found: Inventory, loss: Any) -> tuple[list[float], list[float]]:
 
 
 def _shifted(
-    model: nn.Module, store: Any, context: int, sources: Any, rows: int
+    model: nn.Module, store: Any, context: int, sources: Sequence[str], rows: int
 ) -> tuple[float, float, float]:
     """Loss on noisy text, what the noise adds, loss on another domain [bits per byte]."""
     characters = max(CHARACTERS, 4 * context)
