@@ -83,10 +83,10 @@ def test_the_page_has_every_measure_and_marks_what_is_shown(report: Report) -> N
         assert one.title in text and one.short in text
     assert text.count("<tr>") == len(MEASURES) + 1
     assert section.count('class="moved clear"') == 1 and section.count('aria-label="higher"') == 1
-    assert ">+0.200</span>" in section and DOMAINS[1] in text
+    assert "> +0.200</span>" in section and DOMAINS[1] in text
     assert 'href="#inside"' in page
     cells = lines(report.mechanisms)[FIELDS.index("own_ensemble_gain")].cells
-    assert [cell.value for cell in cells] == ["–", "−0.0040", "–"]
+    assert [cell.value for cell in cells] == ["–", "−0.004", "–"]
 
 
 def test_records_without_the_measures_give_a_report_without_the_table() -> None:

@@ -1,4 +1,4 @@
-"""The block ``mechanisms`` of ``report.json``: each measure of each arm, and how far it is from the baseline's."""
+"""The block ``mechanisms`` of ``report.json``: the measures of each arm, and their differences."""
 
 from __future__ import annotations
 
