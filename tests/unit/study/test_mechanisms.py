@@ -24,6 +24,7 @@ from twodice.study.mechanisms.heads import entropy, read_heads, similarity
 from twodice.study.mechanisms.measure import Mechanisms, measure
 from twodice.study.mechanisms.measures import DOMAINS, FIELDS, other_domain
 from twodice.study.mechanisms.shift import bits_per_byte, domain_text, noisy, sample_text
+from twodice.study.worker import Jobs
 from twodice.text.corpora import load_documents
 from twodice.text.store import TokenStore, prepare
 from twodice.text.tokenizer import bytes_tokenizer
@@ -300,6 +301,16 @@ def test_masks_that_reach_nothing_change_nothing() -> None:
 
 
 # ---- all together
+
+
+def test_a_trial_that_cannot_be_measured_is_told_and_not_lost(tmp_path: Path) -> None:
+    said: list[dict[str, Any]] = []
+    jobs = Jobs(said.append, lambda: False)
+    (tmp_path / "trial").mkdir()
+    jobs._stores["text"] = None
+    assert jobs._mechanisms("text", str(tmp_path / "trial")) == {}
+    (notice,) = said
+    assert notice["kind"] == "notice" and notice["text"].startswith("not measured inside: ")
 
 
 @pytest.fixture(scope="module")

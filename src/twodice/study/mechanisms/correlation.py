@@ -32,7 +32,8 @@ def correlation(values_NC: torch.Tensor) -> float | None:
     -----
     Cogswell et al. 2016, "Reducing overfitting in deep networks by decorrelating representations" (arXiv
     1511.06068), penalise the covariance of units; correlation is not moved by their scale. That dropout
-    prevents units from adapting to one another is said by Hinton et al. 2012 (arXiv 1207.0580). N independent observations of unrelated units still give about ``sqrt(2 / (pi N))``.
+    prevents units from adapting to one another is said by Hinton et al. 2012 (arXiv 1207.0580). N
+    independent observations of unrelated units still give about ``sqrt(2 / (pi N))``.
     """
     values = values_NC.double()
     centred = values - values.mean(0)
