@@ -26,15 +26,14 @@ def number(value: float | int | None, kind: str = "nats") -> str:
         None gives a dash.
     kind
         ``nats`` (three decimals), ``share`` (0.124 as 12.4 %), ``percent`` (3.1 as 3.1 %), ``count`` (whole,
-        or one decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals), ``small`` (three
-        decimals, below 0.01 as many as show two digits). Of ``percent`` and ``plain1`` see `brief` for what
-        is small.
+        or one decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals), ``milli`` (0.0034 as
+        3.40, in thousandths). Of ``percent`` and ``plain1`` see `brief` for what is small.
     """
     if value is None:
         return "–"
-    if kind == "small" and 0 < abs(value) < 0.01:
-        return _digits(value)
-    if kind in ("nats", "small"):
+    if kind == "milli":
+        return _unsigned_zero(f"{1000 * value:.2f}")
+    if kind == "nats":
         return _unsigned_zero(f"{value:.3f}")
     if kind == "share":
         return _unsigned_zero(f"{100 * value:.1f}") + f"{NARROW}%"
@@ -50,10 +49,6 @@ def brief(value: float) -> str:
     """One decimal; below 0.1 as many as show two digits, since a bound that is not zero has a side."""
     if value == 0 or abs(value) >= 0.1:
         return _unsigned_zero(f"{value:.1f}")
-    return _digits(value)
-
-
-def _digits(value: float) -> str:
     return _signs(np.format_float_positional(value, precision=2, fractional=False, trim="-"))
 
 

@@ -70,7 +70,7 @@ def test_the_intervals_are_adjusted_over_the_whole_table(report: Report) -> None
 
 def test_only_what_an_interval_shows_is_said(report: Report) -> None:
     said = dict(shown(report.mechanisms))
-    assert said == {"dropout": "likeness of heads higher", "weight decay": "nothing is shown to differ"}
+    assert said == {"dropout": "higher: likeness of heads", "weight decay": "nothing is shown to differ"}
     assert side_of(Moved(mean=1, low=None, high=None)) == "" == side_of(None)
     assert side_of(Moved(mean=-1, low=-2, high=-0.5)) == "lower"
 
@@ -86,13 +86,14 @@ def test_the_page_has_every_measure_and_marks_what_is_shown(report: Report) -> N
     assert "> +0.200</span>" in section and DOMAINS[1] in text
     assert 'href="#inside"' in page
     cells = lines(report.mechanisms)[FIELDS.index("own_ensemble_gain")].cells
-    assert [cell.value for cell in cells] == ["–", "−0.004", "–"]
+    assert [cell.value for cell in cells] == ["–", "−4.00", "–"]
 
 
 def test_records_without_the_measures_give_a_report_without_the_table() -> None:
     report = summarise(example_records())
     assert report.mechanisms is None and lines(None) == () == shown(None)
-    assert 'id="inside"' not in render(report) and "#inside" not in render(report)
+    page = render(report)
+    assert 'id="inside"' not in page and "#inside" not in page
     # A report of an older twodice has no such block at all.
     old = report.model_dump(mode="json")
     del old["mechanisms"]
@@ -117,6 +118,6 @@ def test_one_seed_gives_means_and_claims_nothing() -> None:
     assert "None" not in str(lines(block))
 
 
-def test_small_numbers_keep_two_digits() -> None:
-    told = {0.00021: "0.00021", -0.0034: "−0.0034", 0.0123: "0.012", 1.25: "1.250", 0.0: "0.000"}
-    assert {value: number(value, "small") for value in told} == told
+def test_thousandths_are_written_with_two_decimals() -> None:
+    told = {0.00021: "0.21", -0.0034: "−3.40", 1.25: "1250.00", -1e-9: "0.00"}
+    assert {value: number(value, "milli") for value in told} == told

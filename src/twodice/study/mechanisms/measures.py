@@ -42,20 +42,21 @@ MEASURES = (
     Measure(
         "head_removed",
         "One head removed",
-        "rise of the loss when a single head is set to 0, mean over heads, nats per token",
-        "small",
+        "rise of the loss when a single head is set to 0, mean over heads, thousandths of a nat per token",
+        "milli",
     ),
     Measure(
         "head_removed_most",
         "The head that counts most",
-        "the largest of these rises, nats per token",
-        "small",
+        "the largest of these rises, thousandths of a nat per token",
+        "milli",
     ),
     Measure(
         "unit_removed",
         "One unit removed",
-        "rise of the loss when a single unit of a feed-forward is set to 0, mean over units, nats per token",
-        "small",
+        "rise of the loss when a single unit of a feed-forward is set to 0, mean over units, thousandths of a "
+        "nat per token",
+        "milli",
     ),
     Measure(
         "unit_correlation",
@@ -79,22 +80,22 @@ MEASURES = (
     Measure(
         "ensemble_gain",
         "Averaging masks",
-        f"loss of the mean of {DRAWS} draws of {REFERENCE_PLAN} less that of one pass without dropout, nats "
-        "per token; below 0 the average is better",
-        "small",
+        f"loss of the mean of {DRAWS} draws of {REFERENCE_PLAN} less that of one pass without dropout, "
+        "thousandths of a nat per token; below 0 the average is better",
+        "milli",
     ),
     Measure(
         "ensemble_distance",
         "One pass for many",
-        "divergence of the pass without dropout from the geometric mean of these draws, nats per token; 0 "
-        "where one pass stands for all",
-        "small",
+        "divergence of the pass without dropout from the geometric mean of these draws, thousandths "
+        "of a nat per token; 0 where one pass stands for all",
+        "milli",
     ),
     Measure(
         "own_ensemble_gain",
         "Averaging its own masks",
         "as averaging masks, with the arm’s own plan; only where an arm drops units",
-        "small",
+        "milli",
         is_compared=False,
     ),
 )

@@ -69,13 +69,16 @@ def shown(block: Mechanisms | None) -> tuple[tuple[str, str], ...]:
     if block is None:
         return ()
     titles = {one.field: one.title.lower() for one in MEASURES}
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for row in block.rows:
         for one in row.arms:
-            if one.difference is None:
-                continue
-            told = found.setdefault(one.arm, [])
-            side = side_of(one.difference)
-            if side:
-                told.append(f"{titles[row.measure]} {side}")
-    return tuple((arm, listed(told) if told else "nothing is shown to differ") for arm, told in found.items())
+            if one.difference is not None:
+                sides = found.setdefault(one.arm, {"lower": [], "higher": []})
+                if side := side_of(one.difference):
+                    sides[side].append(titles[row.measure])
+    return tuple((arm, _sides(sides)) for arm, sides in found.items())
+
+
+def _sides(sides: dict[str, list[str]]) -> str:
+    told = [f"{side}: {listed(titles)}" for side, titles in sides.items() if titles]
+    return "; ".join(told) if told else "nothing is shown to differ"
