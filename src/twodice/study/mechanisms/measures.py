@@ -54,8 +54,8 @@ MEASURES = (
     Measure(
         "unit_removed",
         "One unit removed",
-        "rise of the loss when a single unit of a feed-forward is set to 0, mean over units, thousandths of a "
-        "nat per token",
+        "rise of the loss when a single unit of a feed-forward is set to 0, mean over units, thousandths of "
+        "a nat per token",
         "milli",
     ),
     Measure(
