@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from twodice.study.mechanisms.measures import FIELDS
 from twodice.study.schema import read_report
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals as Unix has them")
@@ -101,6 +102,24 @@ def test_two_equal_arms_cannot_be_told_apart(finished: tuple[Path, Path, str]) -
     assert same.at_best.difference is not None and set(same.at_best.difference.values) == {0.0}
     dropout = report.arms[2]
     assert dropout.at_end.difference is not None and 0.0 not in dropout.at_end.difference.values
+
+
+def test_every_trial_is_measured_inside_and_equal_arms_alike(finished: tuple[Path, Path, str]) -> None:
+    out = finished[1]
+    lines = (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    trials = [r for r in map(json.loads, lines) if r["kind"] == "trial"]
+    assert all(set(r["mechanisms"]) == set(FIELDS) for r in trials)
+    block = read_report(out / "report.json").mechanisms
+    assert block is not None and [row.measure for row in block.rows] == list(FIELDS)
+    for row in block.rows:
+        neither, same, dropout = row.arms
+        if row.measure == "own_ensemble_gain":
+            assert neither.value is same.value is None and dropout.value is not None
+            continue
+        assert same.difference is not None and dropout.difference is not None
+        assert same.difference.mean == same.difference.low == same.difference.high == 0
+        assert dropout.difference.mean != 0
+    assert 'id="inside"' in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_arms_that_differ_by_chance_alone_cannot_be_told_apart(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from twodice.study import compare, schema
+from twodice.study.mechanisms.schema import Mechanisms
+from twodice.study.mechanisms.table import mechanisms_of
 
 SEEDS = [0, 1, 2, 3, 4]
 STEPS = list(range(0, 401, 20))
@@ -125,6 +127,7 @@ def example_report() -> schema.Report:
         seeds=SEEDS,
         is_complete=True,
         arms=arms,
+        mechanisms=_mechanisms(),
         sampling=_sampling(),
         human=schema.HumanText(
             rep_4=0.02,
@@ -177,6 +180,36 @@ def example_report() -> schema.Report:
             case="The share of the text was taken so small that a model of this size reads it many times.",
         ),
     )
+
+
+#: Of each measure about what a small model has, what dropout adds, and what seeds differ by.
+INSIDE: dict[str, tuple[float, float, float]] = {
+    "head_similarity": (0.74, -0.06, 0.01),
+    "head_entropy": (2.31, 0.11, 0.02),
+    "head_removed": (0.034, -0.004, 0.004),
+    "head_removed_most": (0.21, -0.02, 0.05),
+    "unit_removed": (0.00031, -0.00011, 0.00003),
+    "unit_correlation": (0.121, -0.02, 0.002),
+    "noise_loss": (3.41, -0.09, 0.02),
+    "noise_rise": (0.62, -0.01, 0.02),
+    "domain_loss": (7.9, 0.05, 0.2),
+    "ensemble_gain": (0.021, -0.019, 0.001),
+    "ensemble_distance": (0.012, -0.008, 0.0005),
+}
+
+
+def _mechanisms() -> Mechanisms | None:
+    trials = {}
+    for arm, name in enumerate(NAMES):
+        for seed in SEEDS:
+            drops = "dropout" in SETTINGS[arm]
+            found: dict[str, float | None] = {
+                field: base + drops * moved + spread * 50 * _wobble(arm, seed, i)
+                for i, (field, (base, moved, spread)) in enumerate(INSIDE.items())
+            }
+            found["own_ensemble_gain"] = -0.003 + 0.02 * _wobble(arm, seed, 0) if drops else None
+            trials[name, seed] = {"mechanisms": found}
+    return mechanisms_of(trials, NAMES, SEEDS, "neither", ["python-docs"])
 
 
 def grid() -> list[schema.Setting]:

@@ -73,4 +73,4 @@ def one_arm_one_seed() -> Report:
 
     report = without_cross()
     arm = first(report.model_dump()["arms"][0])
-    return changed(report, arms=[arm], best=report.baseline, seeds=report.seeds[:1])
+    return changed(report, arms=[arm], best=report.baseline, seeds=report.seeds[:1], mechanisms=None)

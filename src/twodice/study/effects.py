@@ -65,10 +65,10 @@ def effects(arms: Sequence[Arm], sampling: Sequence[Sampling], cross: Cross) -> 
         )
     # Two dice are two questions: each has its own family.
     families = ([one for one in paired_by if one[1] == die] for die in ("training", "generation"))
-    return verdict + [effect for family in families for effect in _adjusted(family)]
+    return verdict + [effect for family in families for effect in adjusted(family)]
 
 
-def _adjusted(paired_by: Sequence[tuple[str, str, list[float]]]) -> list[Effect]:
+def adjusted(paired_by: Sequence[tuple[str, str, list[float]]]) -> list[Effect]:
     """Intervals adjusted by Holm's method over all effects of one die, lest one of them be shown by luck.
 
     An effect of one seed has no interval: it claims nothing, so it is not counted.

@@ -22,6 +22,7 @@ from twodice.study.answer import SO_FAR, passes
 from twodice.study.cross_words import cross_sentence, cross_summary, moved_by
 from twodice.study.layout import shortened
 from twodice.study.marks import Piece, marked, without_blanks
+from twodice.study.mechanisms import page
 from twodice.study.schema import Arm, Estimate, Example, Report, read_report
 from twodice.study.svg import DARK, LIGHT, css_variables
 from twodice.study.words import (
@@ -311,9 +312,12 @@ def pictures(report: Report) -> dict[str, Any]:
 def _environment() -> Any:
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    source = resources.files("twodice.study").joinpath("report.html.j2").read_text(encoding="utf-8")
+    sources = {
+        name: resources.files("twodice.study").joinpath(name).read_text(encoding="utf-8")
+        for name in ("report.html.j2", "mechanisms/table.html.j2")
+    }
     environment = Environment(
-        loader=DictLoader({"report.html.j2": source}),
+        loader=DictLoader(sources),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -369,6 +373,8 @@ def render(report: Report) -> str:
             figures=key_figures(report),
             rows=cross_rows(report),
             models=plot_data.cross_arms(report),
+            inside=page.lines(report.mechanisms),
+            inside_words=page.shown(report.mechanisms),
             texts=example_texts(report),
             ordered=sorted(report.arms, key=lambda arm: numbers[arm.name]),
             role={name: plot_data.arm_role(report, name) for name in numbers},
@@ -395,13 +401,13 @@ def write_report_html(folder: Path) -> Path:
     DataError
         ``report.json`` is missing or malformed, or the folder cannot be written.
     """
-    page = render(read_report(folder / "report.json"))
+    text = render(read_report(folder / "report.json"))
     target = folder / "report.html"
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", newline="\n", dir=folder, delete=False
         ) as file:
-            file.write(page)
+            file.write(text)
         os.chmod(file.name, 0o644)  # the page is meant to be shown; temporary files are born private
         os.replace(file.name, target)
     except OSError as error:

@@ -338,10 +338,10 @@ def _train(study: Study, arms: list[Arm], settled: Settled) -> None:
                 config = with_setting(config, name, value)
             out = _trial_folder(study.out, arm, seed)
             job = _trial_job(study, config, settled, seed, out, f"'{arm.name}', seed {seed}")
-            job.values["b_windows"] = B_WINDOWS
+            job.values.update(b_windows=B_WINDOWS, mechanisms=True)
             todo.append(({"kind": "trial", "arm": arm.name, "seed": seed}, job))
     for record, result in _trained(study, "training", settled, todo):
-        told = ("steps", "best_step", "evaluations", "validation_b")
+        told = ("steps", "best_step", "evaluations", "validation_b", "mechanisms")
         study.log.write({**record, **{k: result[k] for k in told if k in result}})
 
 

@@ -12,29 +12,17 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from twodice.errors import DataError
+from twodice.study.mechanisms.schema import Mechanisms
+from twodice.study.parts import Estimate as Estimate
+from twodice.study.parts import Part
 
 Verdict = Literal["baseline", "helps", "hurts", "cannot tell"]
 
 
-class _Part(BaseModel):
-    """Frozen, nothing unknown; neither NaN nor infinity (JSON has none)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-class Estimate(_Part):
-    """A mean over seeds with its own 95 % t interval (null where there is one seed only)."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    values: list[float] = Field(description="one per seed, in the order of the arm's seeds")
-
-
-class Percent(_Part):
+class Percent(Part):
     """A difference relative to the baseline's mean, in percent; negative means a lower loss."""
 
     mean: float
@@ -42,7 +30,7 @@ class Percent(_Part):
     high: float | None
 
 
-class Difference(_Part):
+class Difference(Part):
     """An arm minus the baseline, paired by seed [nats per token]; negative means a lower loss.
 
     ``low`` and ``high`` are adjusted as the verdict is: they exclude 0 if and only if ``p_adjusted`` < 0.05.
@@ -64,7 +52,7 @@ class Difference(_Part):
     percent: Percent
 
 
-class Comparison(_Part):
+class Comparison(Part):
     """The losses of an arm at one moment: at its best step (chosen on validation A) or at the end."""
 
     steps: list[int] = Field(description="the step looked at, one per seed")
@@ -76,7 +64,7 @@ class Comparison(_Part):
     verdict: Verdict
 
 
-class Curve(_Part):
+class Curve(Part):
     """Losses over the steps; every list has one entry per evaluation."""
 
     steps: list[int]
@@ -84,7 +72,7 @@ class Curve(_Part):
     validation_nats_per_token: list[Estimate]
 
 
-class Arm(_Part):
+class Arm(Part):
     """One setting of the study."""
 
     name: str
@@ -109,7 +97,7 @@ class Arm(_Part):
     tuned: dict[str, str] = Field(description="settings that were tuned for this arm, with the value taken")
 
 
-class Contrast(_Part):
+class Contrast(Part):
     """An arm with dropout against the arm that differs from it in dropout alone: what dropout itself does."""
 
     arm: str
@@ -119,7 +107,7 @@ class Contrast(_Part):
     words: str
 
 
-class Setting(_Part):
+class Setting(Part):
     """How the next token was chosen."""
 
     name: str = Field(description="'greedy', 'top-k 50', 'temperature 0.7, top-k 50', 'all tokens'")
@@ -128,7 +116,7 @@ class Setting(_Part):
     top_k: int | None
 
 
-class Measures(_Part):
+class Measures(Part):
     """What texts are like; each a mean over the trained models (one per seed) with a 95 % t interval."""
 
     rep_4: Estimate = Field(description="share of repeated 4-grams of tokens within a text, in [0, 1]")
@@ -140,7 +128,7 @@ class Measures(_Part):
     longest_copied_most: int = Field(description="the longest of all texts")
 
 
-class Sampling(_Part):
+class Sampling(Part):
     """One cell of the cross of the two dice."""
 
     arm: str
@@ -149,7 +137,7 @@ class Sampling(_Part):
     measures: Measures
 
 
-class HumanText(_Part):
+class HumanText(Part):
     """The same measures on how the held-out text really goes on after each prompt."""
 
     rep_4: float
@@ -160,7 +148,7 @@ class HumanText(_Part):
     texts: int
 
 
-class Example(_Part):
+class Example(Part):
     """One continuation, to be read."""
 
     prompt: str
@@ -174,7 +162,7 @@ class Example(_Part):
     copied_from: int = Field(description="where in `text` the longest copied run begins (characters)")
 
 
-class Effect(_Part):
+class Effect(Part):
     """How far one die moves one measure, paired by training seed; intervals are adjusted per die.
 
     The training die: with dropout minus without, over both settings. The generation die: drawn minus greedy,
@@ -189,7 +177,7 @@ class Effect(_Part):
     high: float | None
 
 
-class Cross(_Part):
+class Cross(Part):
     """Which cells of `sampling` are the central table, and why these."""
 
     without: str = Field(description="arm without dropout")
@@ -208,7 +196,7 @@ class Cross(_Part):
     effects: list[Effect] = Field(default=[], description="filled by `effects.effects`")
 
 
-class Facts(_Part):
+class Facts(Part):
     """The text: how much of it, where from."""
 
     sources: list[str]
@@ -226,14 +214,14 @@ class Facts(_Part):
     entropy_nats_per_token: float | None
 
 
-class Scored(_Part):
+class Scored(Part):
     """How much of validation text B the losses at the best and at the last step are means over."""
 
     windows: int
     there: int = Field(description="windows that the text has in all")
 
 
-class Model(_Part):
+class Model(Part):
     """What was trained."""
 
     name: str
@@ -242,7 +230,7 @@ class Model(_Part):
     batch: int
 
 
-class Sanity(_Part):
+class Sanity(Part):
     """A number that a loss can be held against."""
 
     name: str
@@ -251,7 +239,7 @@ class Sanity(_Part):
     words: str
 
 
-class Plan(_Part):
+class Plan(Part):
     """What this many pairs can detect, said before anything ran."""
 
     pairs: int
@@ -259,7 +247,7 @@ class Plan(_Part):
     words: str
 
 
-class How(_Part):
+class How(Part):
     """How everything was measured: sentences and commands."""
 
     notes: list[str]
@@ -269,7 +257,7 @@ class How(_Part):
     case: str | None = Field(description="how the case was chosen (demo)")
 
 
-class Report(_Part):
+class Report(Part):
     """All of ``report.json``."""
 
     twodice: str
@@ -294,6 +282,9 @@ class Report(_Part):
     )
     dropout_contrasts: list[Contrast] = Field(
         default=[], description="what dropout alone does; the answer credits dropout with nothing else"
+    )
+    mechanisms: Mechanisms | None = Field(
+        default=None, description="what dropout did inside; null where the trials were not measured so"
     )
     sampling: list[Sampling]
     human: HumanText | None

@@ -20,6 +20,7 @@ from twodice.study.answer import answer_of, details_of, notes_of, plan_words
 from twodice.study.arms import Arm
 from twodice.study.contrasts import beyond_dropout, dropout_contrasts
 from twodice.study.effects import effects
+from twodice.study.mechanisms.table import mechanisms_of
 from twodice.study.records import RECORDS, Record, in_order, read_records
 from twodice.study.sampling_cross import settings_of
 from twodice.study.spec import Settled, StudySpec, flat
@@ -123,6 +124,9 @@ def summarise(records: Sequence[Record]) -> schema.Report:
         arms=arms,
         scored_on=(scored := scored_on(found, seeds)),
         dropout_contrasts=contrasts,
+        mechanisms=mechanisms_of(
+            found.trials, [arm.name for arm in arms], seeds, baseline, found.study["data"]["sources"]
+        ),
         sampling=cells,
         human=None if human is None else schema.HumanText.model_validate(human["measures"]),
         cross=cross,

@@ -26,11 +26,13 @@ def number(value: float | int | None, kind: str = "nats") -> str:
         None gives a dash.
     kind
         ``nats`` (three decimals), ``share`` (0.124 as 12.4 %), ``percent`` (3.1 as 3.1 %), ``count`` (whole,
-        or one decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals). Of ``percent`` and
-        ``plain1`` see `brief` for what is small.
+        or one decimal below 100), ``plain1`` (one decimal), ``plain`` (two decimals), ``milli`` (0.0034 as
+        3.40, in thousandths). Of ``percent`` and ``plain1`` see `brief` for what is small.
     """
     if value is None:
         return "–"
+    if kind == "milli":
+        return _unsigned_zero(f"{1000 * value:.2f}")
     if kind == "nats":
         return _unsigned_zero(f"{value:.3f}")
     if kind == "share":

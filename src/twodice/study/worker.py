@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,20 @@ class Jobs:
         """Seconds of a whole small trial, export and all, in a folder that is thrown away."""
         with tempfile.TemporaryDirectory(prefix="twodice-rehearsal-") as out:
             began = time.perf_counter()
-            found = self.train(config, folder, str(Path(out) / "trial"), threads, B_WINDOWS)
+            found = self.train(config, folder, str(Path(out) / "trial"), threads, B_WINDOWS, mechanisms=True)
             return {"seconds": time.perf_counter() - began, "evaluations": len(found["evaluations"])}
 
     def train(
-        self, config: TrainConfig, folder: str, out: str, threads: int, b_windows: int | None = None
+        self,
+        config: TrainConfig,
+        folder: str,
+        out: str,
+        threads: int,
+        b_windows: int | None = None,
+        mechanisms: bool = False,
     ) -> dict[str, Any]:
-        """One trial, begun or gone on with; its evaluations, and its losses on so much of validation B."""
+        """One trial, begun or gone on with; its evaluations, its losses on so much of validation B, and what
+        dropout did inside."""
         from twodice.training.loop import score_validation_b, train
 
         self._threads(threads)
@@ -133,7 +141,19 @@ class Jobs:
             except CheckpointError as error:
                 text = f"scored on the windows of its evaluations only, as all trials then are: {error}"
                 self._answer({"kind": "notice", "text": text})
+        if mechanisms:
+            found |= self._mechanisms(folder, out)
         return found
+
+    def _mechanisms(self, folder: str, out: str) -> dict[str, Any]:
+        """What dropout did inside the best model of a trial; nothing where it cannot be read."""
+        from twodice.study.mechanisms.measure import measure_trial
+
+        try:
+            return {"mechanisms": asdict(measure_trial(out, self._store(folder)))}
+        except TwodiceError as error:
+            self._answer({"kind": "notice", "text": f"not measured inside: {error}"})
+            return {}
 
     def generate(self, folder: str, model: str, threads: int, plan: dict[str, Any]) -> dict[str, Any]:
         """The second die, thrown with one trained model in every setting."""

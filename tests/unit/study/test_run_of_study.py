@@ -194,6 +194,8 @@ def test_a_setting_is_tuned_for_each_arm_on_validation_a_and_the_report_says_so(
     trials = [told["config"] for told in pretender.done("train")]
     tuning = [config for config in trials if config["seed"] == spec.tuning_seed]
     assert len(tuning) == 6 and tuning == trials[:6]  # equal effort, and before the trials that are compared
+    measured = [told.get("mechanisms", False) for told in pretender.done("train")]
+    assert measured == [False] * 6 + [True] * (len(trials) - 6)  # only what is compared is looked into
     compared = {(c["dropout"], c["seed"]): c["optimizer"]["lr"] for c in trials[6:]}
     assert compared == {(plan, seed): lr for plan, lr in best.items() for seed in (0, 1)}
     assert [arm.tuned for arm in report.arms] == [{"optimizer.lr": "3e-3"}, {"optimizer.lr": "1e-3"}]

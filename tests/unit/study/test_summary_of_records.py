@@ -226,11 +226,11 @@ def test_a_drawn_text_is_held_against_its_true_entropy_too(tmp_path: Path) -> No
 
 
 def test_effects_of_the_cross_are_adjusted_for_their_number() -> None:
-    from twodice.study.effects import _adjusted
+    from twodice.study.effects import adjusted
 
     clear, luck = [1.0, 1.1, 0.9, 1.05], [0.3, -0.2, 0.1, 0.25]
-    (alone,) = _adjusted([("rep_4", "generation", clear)])
-    among = _adjusted([("rep_4", "generation", clear), *(("rep_4", "training", luck) for _ in range(9))])
+    (alone,) = adjusted([("rep_4", "generation", clear)])
+    among = adjusted([("rep_4", "generation", clear), *(("rep_4", "training", luck) for _ in range(9))])
     plain = compare.estimate(clear)
     assert (alone.low, alone.high) == pytest.approx((plain.low, plain.high))
     wide = compare.half_width(4, 0.05 / 10) * math.sqrt(sum((v - 1.0125) ** 2 for v in clear) / 3) / 2
@@ -238,10 +238,10 @@ def test_effects_of_the_cross_are_adjusted_for_their_number() -> None:
 
 
 def test_effects_of_unequal_seeds_are_adjusted_each_by_its_own_number() -> None:
-    from twodice.study.effects import _adjusted
+    from twodice.study.effects import adjusted
 
     four, three = [1.0, 1.1, 0.9, 1.05], [0.3, -0.2, 0.1]
-    first, second, once = _adjusted(
+    first, second, once = adjusted(
         [
             ("rep_4", "generation", four),
             ("self_bleu", "generation", three),

@@ -1,0 +1,1 @@
+"""What dropout is said to do inside a model, measured on a trained one."""
