@@ -465,10 +465,10 @@ class Chain {
         const double count = static_cast<double>(n), mean = static_cast<double>(sum) / count;
         const double square = static_cast<double>(high) * 4294967296.0 + static_cast<double>(low);
         const double variance = square / count - mean * mean;
-        const double limit = -(n_sigma * std::sqrt(variance > 0.0 ? variance : 0.0)) / 0x1p20;
+        const double limit = (n_sigma * n_sigma) * (variance > 0.0 ? variance : 0.0) / 0x1p40;
         const double warm = temperature_;
         temperature_ = 1.0;  // the distance of logits, not of z
-        keep_where([&](double u) { return u >= limit; });
+        keep_where([&](double u) { return u * u <= limit; });
         temperature_ = warm;
     }
 
@@ -690,7 +690,11 @@ class Chain {
             [&](const Moments& sum) { return part(sum) > most; });
         // The token that goes beyond the limit goes, unless the whole list stayed within it.
         if (length < size || part(all) > most) --length;
-        list().resize(length < 1 ? 1 : length);
+        auto& keys = list();
+        keys.resize(length < 1 ? 1 : length);
+        const Key head = first();
+        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k != head && noise_weight(z_of(k)) == 0; }),
+                   keys.end());
     }
 
     void typical(double p) {

@@ -149,8 +149,10 @@ def _top_n_sigma(at: _Rows, row: Any) -> None:
     high = (square >> 32).sum(1, keepdim=True).to(torch.float64)
     low = (square & 0xFFFFFFFF).sum(1, keepdim=True).to(torch.float64)
     variance = ((high * 4294967296.0 + low) / n - mean * mean).clamp(min=0.0)
-    limit = -(_column(row, "top_n_sigma", at.ordered) * torch.sqrt(variance)) / SIGMA_UNIT
-    at.keep_first(_count(at.kept & ((at.ordered - first) >= limit)))
+    n_sigma, distance = _column(row, "top_n_sigma", at.ordered), at.ordered - first
+    # Squares, since torch's square root is not everywhere the correctly rounded one.
+    limit = (n_sigma * n_sigma) * variance / (SIGMA_UNIT * SIGMA_UNIT)
+    at.keep_first(_count(at.kept & (distance * distance <= limit)))
 
 
 def _top_k(at: _Rows, row: Any) -> None:
@@ -173,7 +175,7 @@ def _min_p(at: _Rows, row: Any) -> None:
 
 
 def _top_h(at: _Rows, row: Any) -> None:
-    """The longest prefix whose share of the entropy sum is at most `top_h`; the first always stays."""
+    """The longest prefix of tokens with a mass whose share of the entropy is at most `top_h`, and the first."""
     w, m = _moments(at.z())
     log_total = _log_total(w)
 
@@ -181,7 +183,7 @@ def _top_h(at: _Rows, row: Any) -> None:
         return mass.to(torch.float64) * log_total + moment.to(torch.float64)
 
     most = _column(row, "top_h", at.ordered) * part(w.sum(1, keepdim=True), m.sum(1, keepdim=True))
-    at.keep_first(_count(at.kept & (part(w.cumsum(1), m.cumsum(1)) <= most)))
+    at.keep_first(_count((w > 0) & (part(w.cumsum(1), m.cumsum(1)) <= most)))
 
 
 def _typical(at: _Rows, row: Any) -> None:
