@@ -357,6 +357,7 @@ class Reader:
 
     def read(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the rows and positions of a frame."""
+        frame.entered.append(self.stack)
         tokens = self.argument("input_ids", args, kwargs)
         if tokens is None:
             tokens = self.argument("inputs_embeds", args, kwargs)
@@ -430,10 +431,27 @@ class RootHook(Hook):
 
 
 class RootEnd(Hook):
-    """After the root's forward, also after an error: the frame is closed."""
+    """After the root's forward, also after an error: the frame is closed, and a lookup that was passed by is
+    said.
+    """
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        #: The sites of the kind ``word``, each with its lookup.
+        self.lookups: list[tuple[Site, nn.Module]] = []
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.state.frame = None
+        frame, self.state.frame = self.state.frame, None
+        if frame is None or output is None:  # None: after an error
+            return
+        for site, lookup in self.lookups:
+            passed_by = site.stack in frame.entered and not frame.visits[site.index]
+            if passed_by and not self.rests(lookup):
+                raise ContractError(
+                    f"'word' drops in the lookup of the tokens; this forward of {self.state.model_name} did "
+                    f"not come to the one at {site.name!r} (inputs_embeds?), so nothing would be dropped; "
+                    "give input_ids, or leave 'word' out of the plan"
+                )
 
 
 class BaseHook(Hook):

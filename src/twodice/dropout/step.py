@@ -96,13 +96,15 @@ class Frame:
         Stack -> int64 tensor (B, T) or (1, T); a stack that is not there has 0 .. T-1.
     visits : list of int
         How often each site was visited so far.
+    entered : list of str or None
+        The stacks whose base took its arguments so far.
     streams : dict
         What a site has seen of the residual stream and will need: number of the site -> tensor.
     again : bool
         Whether this is a recomputation.
     """
 
-    __slots__ = ("again", "examples", "positions", "rows", "snapshot", "streams", "visits")
+    __slots__ = ("again", "entered", "examples", "positions", "rows", "snapshot", "streams", "visits")
 
     def __init__(
         self,
@@ -117,6 +119,7 @@ class Frame:
         self.positions = positions
         self.visits = visits
         self.again = False
+        self.entered: list[str | None] = []
         self.streams: dict[int, torch.Tensor] = {}
 
     def repeated(self, visits: tuple[int, ...]) -> Frame:
