@@ -22,7 +22,7 @@ from torch import nn
 from twodice.dropout.plan import DropoutPlan, Entry
 from twodice.dropout.schedules import Schedule
 from twodice.dropout.sites import Inventory, Place, first_tensor
-from twodice.dropout.step import Frame, Snapshot, open_frame, set_rows, site_key
+from twodice.dropout.step import Frame, Snapshot, draws_key, later_bits, open_frame, set_rows, site_key
 from twodice.errors import ContractError, ShapeError
 from twodice.kernels.dropout import dropout
 from twodice.kernels.noise import noisy
@@ -60,7 +60,7 @@ class Site:
         key = (
             self.state.keys_of(snapshot.draw)[index]
             if visit == 0
-            else self.state.key_of(index, snapshot.draw, visit)
+            else self.state.later_key(index, snapshot.draw_text, visit)
         )
         if torch.compiler.is_compiling():
             # Tensors, so that a schedule never recompiles.
@@ -165,6 +165,7 @@ class State:
         self.model_name = type(inventory.root).__name__
         self.plan = plan
         self.seed = seed
+        self.seed_text = str(seed)
         self.total_steps = total_steps
         self.name = name
         #: Sites that can drop, and all that the plan speaks of (a rate of 0 among them).
@@ -192,15 +193,18 @@ class State:
         if self.drawing:
             draw = MONTE_CARLO
         if draw not in self.keys:
-            self.keys[draw] = tuple(self.key_of(index, draw, 0) for index in range(len(self.sites)))
+            self.keys[draw] = tuple(
+                draws_key(self.seed, site.key_name, 0)
+                if self.drawing
+                else site_key(self.seed, site.key_name, draw, 0)
+                for site in self.sites
+            )
         return self.keys[draw]
 
-    def key_of(self, index: int, draw: int, visit: int) -> Key:
+    def later_key(self, index: int, draw: str, visit: int) -> Key:
         """The key of one site at a later visit of its (shared) module."""
         name = self.sites[index].key_name
-        if self.drawing:
-            return Key(self.seed).child("monte-carlo", name, visit)
-        return site_key(self.seed, name, draw, visit)
+        return Key(later_bits(self.seed_text, name, None if self.drawing else draw, visit))
 
     def lost(self, where: str) -> NoReturn:
         """Raise: a part of the model runs in train mode and no forward of the root is under way."""
