@@ -281,8 +281,10 @@ def _reentering(state: State, checkpoint: Callable[..., Any]) -> Callable[..., A
         if frame is None:
             return checkpoint(function, *args, **kwargs)
         if torch.compiler.is_compiling():
+            # Seen with fullgraph=True alone; else the compiler leaves this call to Python, and all is well.
             raise ContractError(
-                "activation checkpointing of an attached model is not served under torch.compile yet"
+                "a checkpoint inside an attached model must break the graph, because its recomputation "
+                "re-enters the step in Python; got fullgraph=True; leave it out, or switch checkpointing off"
             )
         visits = tuple(frame.visits)
         # A stream that was kept outside may be an argument here; the recomputation has another tensor for it.
