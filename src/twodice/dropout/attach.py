@@ -92,7 +92,8 @@ class Handle:
         ------
         ContractError
             Inside another step of this model, after `detach`, or without examples on several ranks. From a
-            forward inside: a second one without examples, a packed row without a slot for each token.
+            forward inside: a second one without examples, a packed row without a slot for each token,
+            ``inputs_embeds`` under a plan with ``word``.
         ConfigError
             A number outside its range, or coordinates that are no integers.
         ShapeError
@@ -533,7 +534,8 @@ def _install(
             RootHook(state, at_root, generates, not found.stacks), with_kwargs=True
         )
     )
-    hooked.removable.append(root.register_forward_hook(RootEnd(state), always_call=True))
+    end = RootEnd(state)
+    hooked.removable.append(root.register_forward_hook(end, always_call=True))
     everything = []
     for place, entry, schedule in chosen:
         live = schedule.peak > 0
@@ -541,6 +543,8 @@ def _install(
         everything.append(site)
         if live:
             state.sites.append(site)
+            if place.tensor == "lookup":
+                end.lookups.append((site, place.module))
             try:
                 hooked.put(site, place)
             except BaseException:

@@ -78,7 +78,15 @@ def _places_of(found: Inventory, entry: Entry) -> list[Place]:
         if not places:
             raise ConfigError(f"{entry.target!r} has no site in {model}; leave {entry.place!r} out")
     if entry.kind == "weight" and entry.noise != "tied":
-        places = [place for place in places if not _is_second_use(found, place)]
+        spoken, places = places, [place for place in places if not _is_second_use(found, place)]
+        if not places:
+            here = "" if entry.place is None else f"{entry.target}:tied for this use of it, or "
+            others = sorted({path for place in spoken for path in place.extra["tied"]})
+            raise ConfigError(
+                f"a matrix that several modules share is dropped in its lookup alone; {entry.target!r} names "
+                f"no lookup in {model}, but what {', '.join(map(repr, others))} has too; write "
+                f"{here}weight:tied for every use"
+            )
     if entry.layers is not None:
         count = 1 + max(place.layer for place in places if place.layer is not None)
         for end in (entry.layers.start, entry.layers.stop):
@@ -109,7 +117,7 @@ def _is_second_use(found: Inventory, place: Place) -> bool:
     if not tied or isinstance(place.module, nn.Embedding):
         return False
     others = ", ".join(map(repr, tied))
-    why = f"its weight is that of {others}, where it is dropped; write weight:tied for both"
+    why = f"its weight is that of {others}, and is dropped in the lookup alone; write weight:tied for both"
     found.undecided.append((place.path, why))
     return True
 

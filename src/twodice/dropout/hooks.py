@@ -22,7 +22,7 @@ from torch import nn
 from twodice.dropout.plan import DropoutPlan, Entry
 from twodice.dropout.schedules import Schedule
 from twodice.dropout.sites import Inventory, Place, first_tensor
-from twodice.dropout.step import Frame, Snapshot, open_frame, set_rows, site_key
+from twodice.dropout.step import Frame, Snapshot, draws_key, later_bits, open_frame, set_rows, site_key
 from twodice.errors import ContractError, ShapeError
 from twodice.kernels.dropout import dropout
 from twodice.kernels.noise import noisy
@@ -60,7 +60,7 @@ class Site:
         key = (
             self.state.keys_of(snapshot.draw)[index]
             if visit == 0
-            else self.state.key_of(index, snapshot.draw, visit)
+            else self.state.later_key(index, snapshot.draw_text, visit)
         )
         if torch.compiler.is_compiling():
             # Tensors, so that a schedule never recompiles.
@@ -165,6 +165,7 @@ class State:
         self.model_name = type(inventory.root).__name__
         self.plan = plan
         self.seed = seed
+        self.seed_text = str(seed)
         self.total_steps = total_steps
         self.name = name
         #: Sites that can drop, and all that the plan speaks of (a rate of 0 among them).
@@ -192,15 +193,18 @@ class State:
         if self.drawing:
             draw = MONTE_CARLO
         if draw not in self.keys:
-            self.keys[draw] = tuple(self.key_of(index, draw, 0) for index in range(len(self.sites)))
+            self.keys[draw] = tuple(
+                draws_key(self.seed, site.key_name, 0)
+                if self.drawing
+                else site_key(self.seed, site.key_name, draw, 0)
+                for site in self.sites
+            )
         return self.keys[draw]
 
-    def key_of(self, index: int, draw: int, visit: int) -> Key:
+    def later_key(self, index: int, draw: str, visit: int) -> Key:
         """The key of one site at a later visit of its (shared) module."""
         name = self.sites[index].key_name
-        if self.drawing:
-            return Key(self.seed).child("monte-carlo", name, visit)
-        return site_key(self.seed, name, draw, visit)
+        return Key(later_bits(self.seed_text, name, None if self.drawing else draw, visit))
 
     def lost(self, where: str) -> NoReturn:
         """Raise: a part of the model runs in train mode and no forward of the root is under way."""
@@ -277,8 +281,10 @@ def _reentering(state: State, checkpoint: Callable[..., Any]) -> Callable[..., A
         if frame is None:
             return checkpoint(function, *args, **kwargs)
         if torch.compiler.is_compiling():
+            # Seen with fullgraph=True alone; else the compiler leaves this call to Python, and all is well.
             raise ContractError(
-                "activation checkpointing of an attached model is not served under torch.compile yet"
+                "a checkpoint inside an attached model must break the graph, because its recomputation "
+                "re-enters the step in Python; got fullgraph=True; leave it out, or switch checkpointing off"
             )
         visits = tuple(frame.visits)
         # A stream that was kept outside may be an argument here; the recomputation has another tensor for it.
@@ -357,6 +363,7 @@ class Reader:
 
     def read(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the rows and positions of a frame."""
+        frame.entered.append(self.stack)
         tokens = self.argument("input_ids", args, kwargs)
         if tokens is None:
             tokens = self.argument("inputs_embeds", args, kwargs)
@@ -430,10 +437,27 @@ class RootHook(Hook):
 
 
 class RootEnd(Hook):
-    """After the root's forward, also after an error: the frame is closed."""
+    """After the root's forward, also after an error: the frame is closed, and a lookup that was passed by is
+    said.
+    """
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state)
+        #: The sites of the kind ``word``, each with its lookup.
+        self.lookups: list[tuple[Site, nn.Module]] = []
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.state.frame = None
+        frame, self.state.frame = self.state.frame, None
+        if frame is None or output is None:  # None: after an error
+            return
+        for site, lookup in self.lookups:
+            passed_by = site.stack in frame.entered and not frame.visits[site.index]
+            if passed_by and not self.rests(lookup):
+                raise ContractError(
+                    f"'word' drops in the lookup of the tokens; this forward of {self.state.model_name} did "
+                    f"not come to the one at {site.name!r} (inputs_embeds?), so nothing would be dropped; "
+                    "give input_ids, or leave 'word' out of the plan"
+                )
 
 
 class BaseHook(Hook):

@@ -1,8 +1,18 @@
 """The kinds of dropout that need more than a tensor and a mask: tokens, words, heads, weights, layers, the
 skip path.
 
-Each is a site or a hook of its own; the plain ones (drop a module's input or output) are in `hooks`. Knows
-the frame and the site, not the plan.
+Each is a site or a hook of its own. Knows the frame and the site, not the plan. The plain kinds drop a
+module's input or output by the hooks in `hooks`; with D(x) = m x / (1 - p), where m is 0 with probability p, else 1:
+
+- `embedding`: D(E + P), the sum of what was looked up and the positions, before the first layer (Vaswani et
+  al. 2017, arXiv 1706.03762, section 5.4). A model whose positions enter in attention has no P.
+- `residual`: x + D(f(x)), what a sublayer f adds to the stream (the same section; they normalise after the
+  sum, others before f, which changes nothing here).
+- `activation`: W D(a) + b, the units before the last matrix of the feed-forward (Srivastava et al. 2014, JMLR
+  15, section 4: a layer reads the thinned outputs of the layer before. They scale at test time instead).
+- `output`: D(norm(x)), what enters the softmax layer (Zaremba et al. 2014, arXiv 1409.2329, drop the input
+  and output of each recurrent layer so; Merity et al. 2017, arXiv 1708.02182, with one mask for all
+  positions: `output:feature`).
 
 Letters: B rows, T positions, C columns, H heads.
 """

@@ -42,6 +42,8 @@ class Snapshot:
         The same thresholds as a tensor: a compiled graph takes them from here.
     step_tensor : int64 tensor ()
         The step, for a compiled graph.
+    draw_text : str
+        The draw as text: compiled code may turn an integer that changed into an unknown one.
     """
 
     step: int | torch.Tensor
@@ -52,6 +54,9 @@ class Snapshot:
     rates: torch.Tensor
     step_tensor: torch.Tensor
     forwards: int = 0
+
+    def __post_init__(self) -> None:
+        self.draw_text = str(self.draw)
 
 
 def coordinate(values: Any, name: str, dimensions: tuple[int, ...]) -> torch.Tensor | None:
@@ -96,13 +101,15 @@ class Frame:
         Stack -> int64 tensor (B, T) or (1, T); a stack that is not there has 0 .. T-1.
     visits : list of int
         How often each site was visited so far.
+    entered : list of str or None
+        The stacks whose base took its arguments so far.
     streams : dict
         What a site has seen of the residual stream and will need: number of the site -> tensor.
     again : bool
         Whether this is a recomputation.
     """
 
-    __slots__ = ("again", "examples", "positions", "rows", "snapshot", "streams", "visits")
+    __slots__ = ("again", "entered", "examples", "positions", "rows", "snapshot", "streams", "visits")
 
     def __init__(
         self,
@@ -117,6 +124,7 @@ class Frame:
         self.positions = positions
         self.visits = visits
         self.again = False
+        self.entered: list[str | None] = []
         self.streams: dict[int, torch.Tensor] = {}
 
     def repeated(self, visits: tuple[int, ...]) -> Frame:
@@ -171,3 +179,20 @@ def set_rows(frame: Frame, rows: int) -> None:
 def site_key(seed: int, site: str, draw: int, visit: int) -> Key:
     """Return the key of a site: ``Key(seed).child("dropout", site, draw, visit)``."""
     return Key(seed).child("dropout", site, draw, visit)
+
+
+def draws_key(seed: int, site: str, visit: int) -> Key:
+    """Return the key of a site in Monte Carlo: ``Key(seed).child("monte-carlo", site, visit)``."""
+    return Key(seed).child("monte-carlo", site, visit)
+
+
+@torch.compiler.assume_constant_result
+def later_bits(seed: str, site: str, draw: str | None, visit: int) -> int:
+    """The bits of a site's key at a later visit of its module; ``draw=None`` means Monte Carlo.
+
+    How often a module will be visited only its forward tells, so that this is called inside it. Hashing is
+    work of the host: compiled code takes the result as given, and the graph stays whole.
+    """
+    if draw is None:
+        return draws_key(int(seed), site, visit).seed
+    return site_key(int(seed), site, int(draw), visit).seed

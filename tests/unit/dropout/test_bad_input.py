@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.model_zoo import ZOO
 from tests.support.tiny_models import loss_of, tiny_model, tokens
 from torch import nn
 
@@ -65,6 +66,13 @@ def told(kind: type[TwodiceError], wrong: Callable[[], Any], must: str, got: str
             "'dropout.lm' matches no nn.Dropout",
             "of GPT2LMHeadModel",
             "such as 'transformer",
+        ),
+        # A second use of a matrix: without a word it drops in the lookup alone, and here none is named.
+        (
+            "weight.lm_head=0.1",
+            "is dropped in its lookup alone",
+            "'weight.lm_head' names no lookup in GPT2LMHeadModel, but what 'transformer.wte' has too",
+            "write weight.lm_head:tied for this use of it, or weight:tied",
         ),
         ("attention[7]=0.1", "layers of GPT2LMHeadModel must be 0 to 1", "or -2 to -1", "got 'attention[7]'"),
         # A constant rate of 1 where everything must pass.
@@ -172,6 +180,36 @@ def test_a_second_forward_that_would_have_the_same_masks(handles: list[Handle]) 
         "would get the same masks",
         f"enter it with {FORMULA}",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"), [("GPT-2", False), ("GPT-2", True), ("BERT", False), ("T5", False), ("BART", False)]
+)
+def test_words_to_drop_where_no_lookup_is_visited(handles: list[Handle], name: str, compiled: bool) -> None:
+    """Each lookup of a model in turn is passed by: of T5 that of the encoder, then that of the decoder."""
+    model, batch = ZOO[name](**({"n_layer": 1} if name == "GPT-2" else {}))
+    handles.append(twodice.attach(model, "word=0.5, residual=0.1"))
+    run = torch.compile(model, backend="eager") if compiled else model
+    table = model.get_input_embeddings().weight.detach()
+    embedded = {k: v for k, v in batch.items() if k != "input_ids"}
+    wrong = [embedded | {"inputs_embeds": table[batch["input_ids"]]}]
+    if name in ("T5", "BART"):
+        wrong.append(batch | {"decoder_inputs_embeds": table[batch["labels"]]})
+    with handles[0].step(0):
+        run(**batch)
+    for given in wrong:
+
+        def step(given: dict[str, Any] = given) -> None:
+            with handles[0].step(0):
+                run(**given)
+
+        must = "'word' drops in the lookup of the tokens"
+        told(ContractError, step, must, "did not come to the one at", "give input_ids, or leave 'word' out")
+    if name == "GPT-2":  # a lookup that rests (in eval mode, as the audit says) is not asked for
+        model.transformer.wte.eval()
+        with handles[0].step(0):
+            run(**wrong[0])
+    torch._dynamo.reset()
 
 
 def test_a_second_model_at_one_seed_warns_and_says_what_to_write(handles: list[Handle]) -> None:
