@@ -140,7 +140,7 @@ def plan(settings: Settings, draw: Draw, R: int, V: int, blocks: int) -> npt.NDA
         kernels.TEMPERATURE: temperature,
         kernels.MIN_T: np.where(warm < min_p, temperature, 1.0),
         kernels.LOG_MIN_P: np.where(min_p < off, rows["log_min_p"], -np.inf),
-        kernels.TOP_P_T: np.where(warm < top_p, temperature, 1.0),
+        kernels.TOP_P_T: np.where((warm < top_p) | ~with_p, temperature, 1.0),
         kernels.TOP_P: rows["top_p"],
     }
     table = np.empty((R, kernels.COLUMNS), np.int64)

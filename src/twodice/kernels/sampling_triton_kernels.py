@@ -215,11 +215,11 @@ def _best(
 
 
 @triton.jit
-def _reaches(key, top, temperature, p_temperature, with_p):
+def _reaches(key, top, temperature, p_temperature, early, min_t):
     """Whether a token may be drawn, or has a mass that top-p counts: true for a prefix of the rank order."""
     below_top = _value_of(key) - top
-    reached = below_top / temperature >= _REACH
-    return (key > _BANNED_KEY) & (reached | (with_p & (below_top / p_temperature >= _REACH)))
+    reached = (below_top / temperature >= _REACH) | (below_top / p_temperature >= _REACH)
+    return (key > _BANNED_KEY) & reached & (below_top / min_t >= early)
 
 
 @triton.jit
@@ -271,8 +271,8 @@ def draw_kernel(
     end = nothing + V
 
     # What can matter. The k-th greatest maximum of the blocks is below no more than the k-th token.
-    use = _reaches(best_key, top, temperature, p_temperature, with_p) & (block < blocks)
-    use = use & (min_p_late | ((_value_of(best_key) - top) / min_t >= least))
+    early = tl.where(min_p_early, least, -float("inf"))
+    use = _reaches(best_key, top, temperature, p_temperature, early, min_t)
     floor = nothing + _LOWEST
     listed = nothing + ROOM + 1
     if k_early & (k <= blocks):
@@ -304,7 +304,6 @@ def draw_kernel(
     if listed <= ROOM:
         key, last = _cut(at, column_stride, V, ids_of_list, listed, floor, top_key, k, 1, TILE, BY_BITS)
         if with_p:
-            early = tl.where(min_p_early, least, -float("inf"))
             total = _mass(at, column_stride, V, ids_of_list, listed, key, last, top, p_temperature, early,
                           min_t, 1, TILE, BY_BITS)  # fmt: skip
             need = _need(plan, total)
@@ -333,7 +332,6 @@ def draw_kernel(
                 own = tl.load(masses + row * blocks + block, mask=block < blocks, other=0)
                 need = _need(plan, tl.sum(own, 0))
             else:
-                early = tl.where(min_p_early, least, -float("inf"))
                 count = _gather(pool, block, use & (best_key >= key))
                 total = _mass(at, column_stride, V, pool, count, key, last, top, p_temperature, early, min_t,
                               BLOCK, TILE, BY_BITS)  # fmt: skip
