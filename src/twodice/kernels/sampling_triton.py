@@ -53,8 +53,8 @@ def sample_triton(
     need: Sequence[str] = (),
     *,
     block: int = 256,
-    tile: int = 2048,
-    room: int = 2048,
+    tile: int = 1024,
+    room: int = 1024,
 ) -> Sampled:
     """Choose a token a row; the arguments are those of ``kernels.sampling.choose``, with all that it serves.
 

@@ -270,12 +270,12 @@ def draw_kernel(
     nothing = tl.sum(tl.zeros((1,), tl.int32), 0)
     end = nothing + V
 
-    # What can matter. The k-th greatest maximum of the blocks is below no more than the k-th token.
+    # What can matter. The k-th greatest maximum of the blocks is at most the k-th greatest key.
     early = tl.where(min_p_early, least, -float("inf"))
     use = _reaches(best_key, top, temperature, p_temperature, early, min_t)
     floor = nothing + _LOWEST
     listed = nothing + ROOM + 1
-    if k_early & (k <= blocks):
+    if (k > 0) & (k <= blocks):
         high = top_key
         while floor < high:
             middle = ((floor.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
@@ -283,6 +283,7 @@ def draw_kernel(
                 floor = middle
             else:
                 high = middle - 1
+    if k_early & (k <= blocks):
         use = use & (best_key >= floor)
         count = _gather(pool, block, use)
         listed = nothing

@@ -30,7 +30,7 @@ from twodice.sampling.params import SamplingParams
 # The interpreter computes with numpy, which warns where a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROWS = int(os.environ.get("TWODICE_TRITON_ROWS", "150"))
-SIZES = {"block": 16, "tile": 64, "room": 32}
+SIZES = ({"block": 16, "room": 32}, {"block": 8, "room": 128}, {"block": 32, "room": 16})
 STAGES = ("temperature", "top_k", "top_p", "min_p")
 ORDERS = (
     STAGES,
@@ -78,11 +78,11 @@ def test_the_arithmetic_of_noise_has_the_bits_of_its_readable_twin() -> None:
         assert torch.equal(ours.cpu(), theirs)
 
 
-def both(logits: torch.Tensor, settings: Settings, draw: Draw, past=None, mask=None, **sizes) -> tuple[Sampled, Sampled]:  # fmt: skip
+def both(logits: torch.Tensor, settings: Settings, draw: Draw, past=None, mask=None, **sizes: int) -> tuple[Sampled, Sampled]:  # fmt: skip
     """The same call on the Triton kernels and on the reference."""
     rows = logits.shape[0]
     assert not_served(logits, settings, ("rank",)) is None
-    ours = sample_triton(logits.to(DEVICE), settings, draw, past, mask, ("rank",), **(SIZES | sizes))
+    ours = sample_triton(logits.to(DEVICE), settings, draw, past, mask, ("rank",), **sizes)
     wanted = reference(
         logits,
         settings,
@@ -140,7 +140,8 @@ def compare(number: int) -> int:
     draw = Draw(packed.keys, torch.arange(rows) + 2**32 - 99, number % 3)
     past = Past(*sampling_rows.history(number, rows, vocabulary)) if edited and rows else None
     mask = sampling_rows.mask(number, rows, vocabulary) if number % 12 == 8 and rows else None
-    assert_equal(*both(logits, packed.settings, draw, past, mask), number, params)
+    sizes = SIZES[number % len(SIZES)] | {"tile": 64 if vocabulary < 100 else 256}
+    assert_equal(*both(logits, packed.settings, draw, past, mask, **sizes), number, params)
     return rows
 
 
@@ -149,4 +150,32 @@ def test_adversarial_rows_give_the_same_bits() -> None:
     while done < ROWS:
         done += compare(number)
         number += 1
-    print(done)
+
+
+def test_blocks_of_the_real_size_give_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    params = (
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, top_k=5),
+        SamplingParams(seed=3, top_p=0.95),
+        SamplingParams(seed=4, top_k=900, top_p=0.9),
+        SamplingParams(seed=5, min_p=0.02),
+        SamplingParams(seed=6, top_p=0.3, temperature=0.2, min_p=0.01),
+        SamplingParams(seed=7, temperature=0.0),
+        SamplingParams(seed=8, top_p=0.9, temperature=1.7, profile="llama.cpp"),
+    )
+    packed = pack(params)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (torch.randn(len(params), 3000, generator=generator) * 3).to(dtype)
+        assert_equal(*both(logits, packed.settings, Draw(packed.keys, 5, 0)))
+
+
+def test_what_is_not_served_is_said_in_words() -> None:
+    def why(params: SamplingParams, *need: str, dtype: torch.dtype = torch.float32) -> str | None:
+        return not_served(torch.zeros(1, 4, dtype=dtype), pack(params).settings, need)
+
+    assert why(SamplingParams(top_k=3, top_p=0.5), "rank") is None
+    assert why(SamplingParams(), dtype=torch.float64) == "torch.float64"
+    assert why(SamplingParams(), "rank", "kept") == "need='kept'"
+    assert why(SamplingParams(typical_p=0.5)) == "a stage beyond temperature, top-k, top-p and min-p"
+    assert why(SamplingParams(top_k=3, profile="hf")) == "the rules of another engine"
