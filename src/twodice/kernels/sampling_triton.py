@@ -1,10 +1,10 @@
 """Choosing tokens in Triton, for logits on a GPU: the tokens, statuses and ranks of ``sampling_reference``.
 
-Served are programs of temperature, greedy, top-k, top-p and min-p in any order. All of these keep a prefix of
-the rank order, and min-p and the number of top-k do not depend on the stages before, so a row's program comes
-down to a *plan*: three cuts and what top-p counts its mass over. Plans go to the device in one asynchronous
-copy; nothing waits for the device. Edits of single logits are those of the reference, before the kernels; they
-do wait. This module imports triton: ``sampling`` loads it for the first logits on a GPU.
+Served are programs of temperature, greedy, top-k, top-p and min-p in any order. All of these keep a prefix
+of the rank order, and what top-k and min-p keep does not depend on the stages before, so a row's program
+comes down to a *plan*: three cuts and what top-p counts its mass over. Plans go to the device in one
+asynchronous copy; nothing waits for the device. Edits of single logits are those of the reference, before the
+kernels; they do wait. This module imports triton: ``sampling`` loads it for the first logits on a GPU.
 
 Letters: R rows, V vocabulary.
 """
@@ -12,6 +12,7 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,7 +117,7 @@ def plan(settings: Settings, draw: Draw, R: int, V: int, blocks: int) -> npt.NDA
     rows = settings.rows
     stages = rows["stages"]
 
-    def place(stage: Stage) -> npt.NDArray[np.int64]:
+    def place(stage: Stage) -> Any:
         found = stages == stage
         return np.where(found.any(1), found.argmax(1), stages.shape[1])
 
@@ -162,4 +163,4 @@ def _edits(settings: Settings, mask: Tensor | None) -> bool:
     listed = any((rows[f"{name}_begin"] < rows[f"{name}_end"]).any() for name in LISTS)
     penalised = (rows["penalty"] != 1) | (rows["presence"] != 0) | (rows["frequency"] != 0)
     repeats = (rows["ngram"] > 0) | (rows["dry_multiplier"] > 0)
-    return mask is not None or listed or bool((penalised | repeats).any())
+    return mask is not None or bool(listed) or bool((penalised | repeats).any())

@@ -2,10 +2,12 @@
 
 `survey` reads the logits once and leaves the maximum of every block of neighbouring ids, `weigh` reads them
 once more where no small top-k spares it and leaves the mass of every block and an upper bound of its scores,
-and `draw`, one program a row, works on these and on the few blocks that can matter. A float32 logit becomes an
-int32 *key* of the same order, so that cuts are found by bisection over integers. What a row keeps is a prefix
-of the rank order (key, larger first; then id), given by the key and the id of its last token. All that
-decides is float64 in a stated order, or an integer sum; every launch says ``enable_fp_fusion=False``.
+and `draw`, one program a row, works on these and on the few blocks that can matter. A float32 logit becomes
+an int32 *key* of the same order, so that cuts are found by bisection over integers. What a row keeps is a
+prefix of the rank order (key, larger first; then id), given by the key and the id of its last token. Top-p
+needs no cut: a token that is drawn stays if the mass before it is short of what is needed, and else the
+prefix ends before it and the row draws again. All that decides is float64 in a stated order, or an integer
+sum; every launch says ``enable_fp_fusion=False``.
 
 Letters: V vocabulary, T temperature; z, w and S as in ``sampling_reference``; g Gumbel noise.
 """
@@ -23,7 +25,7 @@ from twodice.random import noise
 # Columns of a row's plan; floats are held by their bits.
 KEY, POSITION, COMPLETION, FLAGS, TOP_K, TEMPERATURE, MIN_T, LOG_MIN_P, TOP_P_T, TOP_P = range(10)
 COLUMNS = 10
-# Flags of a row. EARLY: the stage stands before top-p, or there is none, so that nobody counts what it removes.
+# Flags of a row. EARLY: no top-p before the stage, so that nobody counts what it removes.
 GREEDY, K_EARLY, MIN_P_EARLY, WITH_P, WEIGHED = (1 << i for i in range(5))
 
 _KEY, _POSITION, _COMPLETION, _FLAGS, _TOP_K = (tl.constexpr(i) for i in range(5))
@@ -116,8 +118,8 @@ def weigh_kernel(
         w0, w1, w2, w3 = philox(group.to(tl.uint32), position, completion, _TOKEN, k0, k1)
         which = eight.to(tl.uint32)[None, None, :]
         high = lane(which, w0[:, :, None], w1[:, :, None], w2[:, :, None], w3[:, :, None])
-        # g = -log(E), and E >= w for the uniform w, of which high / 2^16 is the floor. A hotter row has higher
-        # scores: the reciprocal must not overflow.
+        # g = -log(E), and E >= w for the uniform w, of which high / 2^16 is the floor. A higher temperature
+        # has higher scores, so what keeps the reciprocal from overflowing leaves this a bound.
         most = tl.where(high == 0, _MOST_NOISE, -tl.log(high.to(tl.float32) * (2.0**-16)))
         z = below_top * (1.0 / tl.maximum(_float(plan, _TEMPERATURE), 1e-300))
         reached = alive & (z >= _REACH)
@@ -131,7 +133,9 @@ def weigh_kernel(
 
 
 @triton.jit
-def _tile(at, column_stride, V, pool, count, i, WIDTH: tl.constexpr, TILE: tl.constexpr, BY_BITS: tl.constexpr):
+def _tile(
+    at, column_stride, V, pool, count, i, WIDTH: tl.constexpr, TILE: tl.constexpr, BY_BITS: tl.constexpr
+):
     """Return ids and keys of the i-th tile of a pool: of `count` ids (WIDTH 1), or of blocks of WIDTH ids."""
     place = i * (TILE // WIDTH) + tl.arange(0, TILE // WIDTH)
     unit = tl.load(pool + place, mask=place < count, other=0)
@@ -340,7 +344,7 @@ def draw_kernel(
         if (k > 0) & k_late:
             count = _gather(pool, block, use)
             key, last = _cut(at, column_stride, V, pool, count, floor, top_key, k, BLOCK, TILE, BY_BITS)
-        bound = tl.full((BLOCKS,), _MOST_NOISE, tl.float32)
+        bound = ((tl.where(use, _value_of(best_key), top) - top) / temperature).to(tl.float32) + _MOST_NOISE
         if weighed:
             bound = tl.load(bounds + row * blocks + block, mask=block < blocks, other=0.0)
         while done == 0:

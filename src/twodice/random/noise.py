@@ -15,6 +15,7 @@ coefficients are those of fdlibm (Sun Microsystems 1993), whose error is below o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ LOG_SERIES = (  # fdlibm's Lg1 .. Lg7
     1.531383769920937332e-01,
     1.479819860511658591e-01,
 )
-EXP_SERIES = tuple(1.0 / n for n in (1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800))  # 1 / n!
+EXP_SERIES = tuple(1.0 / math.factorial(n) for n in range(12))
 ROUND = (
     6755399441055744.0  # 1.5 * 2^52: adding and taking it away rounds to the nearest integer, ties to even
 )

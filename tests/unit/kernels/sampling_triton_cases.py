@@ -1,8 +1,9 @@
 """What sampling in Triton must be: its readable twin, bit for bit. Run by ``test_sampling_triton.py``.
 
-By hand: TRITON_INTERPRET=1 python -m pytest tests/unit/kernels/sampling_triton_cases.py. Without that variable
-the cases run on the GPU. Blocks are small, so that each row takes several, and the list of candidates has so
-little room that it overflows. ``TWODICE_TRITON_ROWS`` is how many adversarial rows are tried.
+By hand: TRITON_INTERPRET=1 python -m pytest tests/unit/kernels/sampling_triton_cases.py. Without that
+variable the cases run on the GPU. Blocks are small, so that each row takes several, and the list of
+candidates has so little room that it overflows. ``TWODICE_TRITON_ROWS`` is how many adversarial rows are
+tried.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton.language as tl
 from tests.support import sampling_rows
 from tests.support.triton_kernels import DEVICE
 
+from twodice.kernels import dispatch, sampling_triton
 from twodice.kernels.noise_triton import exp, gumbel, log, weights
 from twodice.kernels.sampling import Draw
 from twodice.kernels.sampling_reference import reference
@@ -26,6 +28,7 @@ from twodice.kernels.sampling_triton import not_served, sample_triton
 from twodice.random import noise
 from twodice.sampling.chain import pack
 from twodice.sampling.params import SamplingParams
+from twodice.sampling.sample import sample
 
 # The interpreter computes with numpy, which warns where a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -44,7 +47,9 @@ KEYS = np.array([2**64 - 1, 2**63 + 5, 17], np.uint64)
 
 
 @triton.jit
-def arithmetic_kernel(z, x, ids, out_exp, out_weights, out_log, out_gumbel, position, k0, k1, N: tl.constexpr):
+def arithmetic_kernel(
+    z, x, ids, out_exp, out_weights, out_log, out_gumbel, position, k0, k1, N: tl.constexpr
+):
     i = tl.arange(0, N)
     of_z = tl.load(z + i)
     tl.store(out_exp + i, exp(of_z))
@@ -64,7 +69,9 @@ def test_the_arithmetic_of_noise_has_the_bits_of_its_readable_twin() -> None:
     x = torch.exp(1400 * (uniform - 0.5))
     x[:4] = torch.tensor([1.0, 2.0**-1022, 0.5**0.5, 1 - 2.0**-53], dtype=torch.float64)
     ids = torch.randint(0, 2**32, (n,), generator=generator)
-    found = [torch.empty(n, dtype=d, device=DEVICE) for d in (torch.float64, torch.int64) + (torch.float64,) * 2]
+    found = [
+        torch.empty(n, dtype=d, device=DEVICE) for d in (torch.float64, torch.int64) + (torch.float64,) * 2
+    ]
     inputs = [values.to(DEVICE) for values in (z, x, ids)]
     arithmetic_kernel[(1,)](*inputs, *found, 2**31 - 9, -5, 7, N=n, enable_fp_fusion=False)
     key = 7 << 32 | (2**32 - 5)
@@ -78,7 +85,14 @@ def test_the_arithmetic_of_noise_has_the_bits_of_its_readable_twin() -> None:
         assert torch.equal(ours.cpu(), theirs)
 
 
-def both(logits: torch.Tensor, settings: Settings, draw: Draw, past=None, mask=None, **sizes: int) -> tuple[Sampled, Sampled]:  # fmt: skip
+def both(
+    logits: torch.Tensor,
+    settings: Settings,
+    draw: Draw,
+    past: Past | None = None,
+    mask: torch.Tensor | None = None,
+    **sizes: int,
+) -> tuple[Sampled, Sampled]:
     """The same call on the Triton kernels and on the reference."""
     rows = logits.shape[0]
     assert not_served(logits, settings, ("rank",)) is None
@@ -168,6 +182,39 @@ def test_blocks_of_the_real_size_give_the_same_bits() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         logits = (torch.randn(len(params), 3000, generator=generator) * 3).to(dtype)
         assert_equal(*both(logits, packed.settings, Draw(packed.keys, 5, 0)))
+
+
+@pytest.mark.parametrize(
+    ("params", "need", "by_triton"),
+    [
+        (SamplingParams(seed=1, top_k=3), (), True),
+        (SamplingParams(seed=2, top_p=0.6, banned_tokens=[1], repetition_penalty=1.5), ("rank",), True),
+        (SamplingParams(seed=3, typical_p=0.6), (), False),
+        (SamplingParams(seed=4, min_p=0.1), ("logprob",), False),
+    ],
+)
+def test_a_tensor_on_a_gpu_goes_to_triton_where_it_is_served(
+    params: SamplingParams, need: tuple[str, ...], by_triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    logits[2, 7] = torch.nan
+    mask = torch.tensor([[-1, -1], [0xFFF0, 0], [-1, -1]], dtype=torch.int32)
+    history = torch.tensor([1, 2, 2, 5]), torch.tensor([0, 2, 2, 4]), torch.tensor([1, 0, 0])
+    more: dict[str, Any] = {"history": history, "allowed_mask": mask, "need": need, "on_bad_row": "flag"}
+    wanted = sample(logits, params, 9, **more)
+    calls = []
+    monkeypatch.setattr(
+        sampling_triton, "sample_triton", lambda *given: calls.append(1) or sample_triton(*given)
+    )
+    monkeypatch.setattr(dispatch, "native", None)
+    if DEVICE == "cpu":  # the interpreter takes the host for the device
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = sample(logits.to(DEVICE), params, 9, **more)
+    assert len(calls) == by_triton
+    assert torch.equal(found.tokens.cpu(), wanted.tokens) and torch.equal(found.status.cpu(), wanted.status)
+    assert wanted.status.tolist() == [0, 0, 1]
+    if "rank" in need:
+        assert torch.equal(found.rank.cpu(), wanted.rank)
 
 
 def test_what_is_not_served_is_said_in_words() -> None:
