@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from tests.support import sampling_rows
-from tests.support.triton_kernels import DEVICE
+from tests.support.triton_kernels import DEVICE, INTERPRETED, interpret_quickly
 
 from twodice.kernels import dispatch, sampling_triton
 from twodice.kernels.noise_triton import exp, gumbel, log, weights
@@ -32,7 +32,7 @@ from twodice.sampling.sample import sample
 
 # The interpreter computes with numpy, which warns where a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-ROWS = int(os.environ.get("TWODICE_TRITON_ROWS", "150"))
+ROWS = int(os.environ.get("TWODICE_TRITON_ROWS", "120"))
 SIZES = ({"block": 16, "room": 32}, {"block": 8, "room": 128}, {"block": 32, "room": 16})
 STAGES = ("temperature", "top_k", "top_p", "min_p")
 ORDERS = (
@@ -44,6 +44,12 @@ ORDERS = (
     ("top_p", "temperature", "top_k", "min_p"),
 )
 KEYS = np.array([2**64 - 1, 2**63 + 5, 17], np.uint64)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        interpret_quickly(monkeypatch)
 
 
 @triton.jit
