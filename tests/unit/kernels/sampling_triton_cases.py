@@ -172,6 +172,17 @@ def test_adversarial_rows_give_the_same_bits() -> None:
         number += 1
 
 
+def test_the_token_behind_a_prefix_that_reaches_p_exactly_goes() -> None:
+    params = tuple(SamplingParams(seed=s, top_p=0.5) for s in range(12))
+    packed = pack(params)
+    free = pack(tuple(SamplingParams(seed=s) for s in range(12)))
+    logits, draw = torch.zeros(12, 2), Draw(packed.keys, 0, 0)
+    ours, wanted = both(logits, packed.settings, draw, block=8, tile=8, room=8)
+    assert_equal(ours, wanted)
+    assert not ours.tokens.any()
+    assert both(logits, free.settings, draw)[0].tokens.any()  # it would have been drawn
+
+
 def test_blocks_of_the_real_size_give_the_same_bits() -> None:
     generator = torch.Generator().manual_seed(3)
     params = (
