@@ -183,6 +183,17 @@ def test_the_token_behind_a_prefix_that_reaches_p_exactly_goes() -> None:
     assert both(logits, free.settings, draw)[0].tokens.any()  # it would have been drawn
 
 
+def test_a_tail_of_many_tokens_far_below_the_top_is_drawn() -> None:
+    """One token and 5,999 that are 9 nats below it and hold 43 % of the mass."""
+    params = tuple(SamplingParams(seed=s, top_p=(None, 0.99)[s % 2]) for s in range(12))
+    packed = pack(params)
+    logits = torch.full((12, 6000), -9.0)
+    logits[:, 4321] = 0
+    ours, wanted = both(logits, packed.settings, Draw(packed.keys, 0, 0))
+    assert_equal(ours, wanted)
+    assert (ours.tokens[::2] != 4321).any() and (ours.tokens[1::2] != 4321).any()
+
+
 def test_blocks_of_the_real_size_give_the_same_bits() -> None:
     generator = torch.Generator().manual_seed(3)
     params = (
