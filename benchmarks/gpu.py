@@ -1,8 +1,9 @@
-"""The Triton kernels on a GPU: against a copy of the same bytes, and torch eager, compiled and flash.
+"""The Triton kernels on a GPU: against a read or copy of the same bytes, and what torch has.
 
 Times are taken by events on the device, peaks of memory by torch's allocator, both over whole calls that
 allocate their results on both sides. dropout + residual reads two tensors and writes one, so its limit is a
-copy of half as many elements again, which moves the same bytes. Where there is no GPU the module says so and
+copy of half as many elements again, which moves the same bytes; that of sampling is one max over the logits,
+which reads them once. Where there is no GPU the module says so and
 measures nothing.
 
 Run: python -m benchmarks.gpu
@@ -10,6 +11,7 @@ Run: python -m benchmarks.gpu
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from benchmarks.sidebyside import Row, table
 from twodice.kernels.attention import attention
 from twodice.kernels.dropout import dropout
+from twodice.sampling.params import SamplingParams
+from twodice.sampling.sample import sample
 
 T = 6554
 P = 0.1
@@ -152,6 +156,71 @@ def attention_rows() -> tuple[list[Row], list[tuple[str, dict[str, float]]]]:
     return rows, memory
 
 
+def of_sampling(rows: int, k: int | None, p: float | None) -> Contenders:
+    """One token for each row of float32 logits at temperature 0.8, with top-k, top-p, both or none."""
+    settings = {name: value for name, value in (("top_k", k), ("top_p", p)) if value is not None}
+    params = tuple(SamplingParams(temperature=0.8, seed=i, **settings) for i in range(rows))  # type: ignore[arg-type]
+    counter = itertools.count()
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return sample(x, params[0] if rows == 1 else params, next(counter)).tokens
+
+    def sort(x: torch.Tensor) -> torch.Tensor:
+        """As engines do it in torch: sort, mask what top-k and top-p cut off, softmax, draw."""
+        ordered, ids = (x / 0.8).sort(1)
+        if k is not None:
+            ordered = ordered.masked_fill(ordered < ordered[:, -k, None], float("-inf"))
+        if p is not None:
+            gone = ordered.softmax(1).cumsum(1) <= 1 - p
+            gone[:, -1] = False
+            ordered = ordered.masked_fill(gone, float("-inf"))
+        return ids.gather(1, torch.multinomial(ordered.softmax(1), 1))
+
+    def topk(x: torch.Tensor) -> torch.Tensor:
+        values, ids = x.topk(k or 1)
+        return ids.gather(1, torch.multinomial((values / 0.8).softmax(1), 1))
+
+    ways: dict[str, Callable[[Any], Any]] = {"twodice": ours, "max": lambda x: x.amax(1), "sort": sort}
+    if k is not None and p is None:
+        ways["topk"] = topk
+    if importlib.util.find_spec("flashinfer") is not None:
+        import flashinfer.sampling as peer_sampling
+
+        def flashinfer(x: torch.Tensor) -> torch.Tensor:
+            chance = (x / 0.8).softmax(1)
+            if k is not None and p is not None:
+                return peer_sampling.top_k_top_p_sampling_from_probs(chance, k, p)
+            if k is not None:
+                return peer_sampling.top_k_sampling_from_probs(chance, k)
+            if p is not None:
+                return peer_sampling.top_p_sampling_from_probs(chance, p)
+            return peer_sampling.sampling_from_probs(chance)
+
+        ways["flashinfer"] = flashinfer
+    return ways
+
+
+def sampling_rows() -> list[Row]:
+    """Times of sampling at a vocabulary of 151,936; whole calls, 64 or more rows in rotation."""
+    found = []
+    for rows in (1, 8, 32, 128, 256, 1024):
+        for kind in ("normal", "peaked"):
+            inputs = [2 * torch.randn(rows, 151_936, device="cuda") for _ in range(max(2, 64 // rows))]
+            if kind == "peaked":  # a handful of tokens well above the rest, as in text
+                for x in inputs:
+                    at = torch.randint(0, x.shape[1], (rows, 20), device="cuda")
+                    x.scatter_add_(1, at, torch.linspace(18, 4, 20, device="cuda").expand(rows, 20))
+            for name, k, p in (
+                ("top-k 50", 50, None),
+                ("top-p 0.95", None, 0.95),
+                ("top-k 50, top-p 0.95", 50, 0.95),
+                ("no filter", None, None),
+            ):
+                contenders = of_sampling(rows, k, p)
+                found.append(Row(f"{name}, {kind}, {rows} rows", on_device(contenders, inputs), 0))
+    return found
+
+
 def memory_table(title: str, rows: Sequence[tuple[str, Mapping[str, float]]], names: Sequence[str]) -> None:
     """Print the peaks in MiB."""
     print(f"\n{title}\n{'case':<44}" + "".join(f"{name:>14}" for name in names))
@@ -168,6 +237,7 @@ def main() -> None:
     rows, memory = dropout_rows()
     table("dropout + residual", rows, "twodice", ["copy", "eager", "compiled"])
     memory_table("peak beyond the inputs, MiB", memory, ["twodice", "copy", "eager", "compiled"])
+    table("sampling, float32", sampling_rows(), "twodice", ["max", "sort", "topk", "flashinfer"])
     rows, memory = attention_rows()
     names = ["twodice p=0", "flash p=0.1", "flash p=0", "eager", "compiled"]
     table("attention with dropout 0.1, forward + backward", rows, "twodice", names)

@@ -42,6 +42,31 @@ def cases_pass(file: Path, mode: str) -> None:
     assert "skipped" not in ran.stdout.splitlines()[-1], ran.stdout[-2000:]
 
 
+def interpret_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton's interpreter set up its language once a launch and module, not at every call of a function.
+
+    Only speed changes (about three times); what is patched are names of Triton's own, so that another release
+    of it may fail here.
+    """
+    from triton.runtime import interpreter
+
+    prepared: set[int] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def called(self: Any, *given: Any, **named: Any) -> Any:
+        if id(self.fn.__globals__) not in prepared:
+            prepared.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*given, **named)
+
+    def launched(self: Any, *given: Any, **named: Any) -> Any:
+        prepared.clear()
+        return launch(self, *given, **named)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+
+
 def assembly(kernel: Any, arguments: dict[str, Any], capability: int = 90, **options: Any) -> str:
     """Compile a Triton kernel for a GPU that need not be there, and return its PTX.
 

@@ -134,6 +134,11 @@ def choose(
     """Run the fastest kernel that serves these logits; bad rows are None where nobody has counted."""
     if dispatch.native is not None and logits.device.type == "cpu" and logits.dtype in _TYPES:
         return native(logits, settings, draw, past, mask, state, need)
+    if logits.is_cuda and dispatch.triton_is_there():
+        from twodice.kernels import sampling_triton
+
+        if sampling_triton.not_served(logits, settings, need) is None:
+            return sampling_triton.sample_triton(logits, settings, draw, past, mask, need), None
     dispatch.say_once_when_slow()
     device, rows = logits.device, logits.shape[0]
     if past is not None:

@@ -15,6 +15,7 @@ coefficients are those of fdlibm (Sun Microsystems 1993), whose error is below o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ SECOND_LEVEL = 1 << 31
 LN2_HIGH = 6.93147180369123816490e-01  # the upper 32 bits of log 2: its product with an exponent is exact
 LN2_LOW = 1.90821492927058770002e-10
 LOG2_E = 1.44269504088896338700e00
-_LOG = (  # fdlibm's Lg1 .. Lg7
+LOG_SERIES = (  # fdlibm's Lg1 .. Lg7
     6.666666666666735130e-01,
     3.999999999940941908e-01,
     2.857142874366239149e-01,
@@ -41,13 +42,14 @@ _LOG = (  # fdlibm's Lg1 .. Lg7
     1.531383769920937332e-01,
     1.479819860511658591e-01,
 )
-_EXP = tuple(1.0 / n for n in (1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800))  # 1 / n!
-_ROUND = (
+EXP_SERIES = tuple(1.0 / math.factorial(n) for n in range(12))
+ROUND = (
     6755399441055744.0  # 1.5 * 2^52: adding and taking it away rounds to the nearest integer, ties to even
 )
 _MANTISSA = (1 << 52) - 1
-_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # bits of sqrt(1/2)
-_ONE_BITS = 0x3FF0000000000000
+SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # bits of sqrt(1/2)
+ONE_BITS = 0x3FF0000000000000
+HALVE_FROM = 0.2928932188134524  # 1 - sqrt(1/2)
 EXP_FLOOR = -700.0
 WEIGHT_BITS = 42
 """Fixed-point digits of a token's mass: the top token of a row weighs exactly 2^42."""
@@ -58,8 +60,8 @@ def _log_core(f: Tensor, k: Tensor) -> Tensor:
     s = f / (2.0 + f)
     z = s * s
     w = z * z
-    even = w * (_LOG[1] + w * (_LOG[3] + w * _LOG[5]))
-    odd = z * (_LOG[0] + w * (_LOG[2] + w * (_LOG[4] + w * _LOG[6])))
+    even = w * (LOG_SERIES[1] + w * (LOG_SERIES[3] + w * LOG_SERIES[5]))
+    odd = z * (LOG_SERIES[0] + w * (LOG_SERIES[2] + w * (LOG_SERIES[4] + w * LOG_SERIES[6])))
     rest = odd + even
     half = (0.5 * f) * f
     return k * LN2_HIGH - ((half - (s * (half + rest) + k * LN2_LOW)) - f)
@@ -72,7 +74,7 @@ def log(x: Tensor) -> Tensor:
     """
     bits = x.view(torch.int64)
     # Taking sqrt(1/2) away in the integers moves the exponent's border from 1 to sqrt(1/2).
-    shifted = bits - _SQRT_HALF_BITS
+    shifted = bits - SQRT_HALF_BITS
     k = shifted >> 52
     m = (bits - (k << 52)).view(torch.float64)
     return _log_core(m - 1.0, k.to(torch.float64))
@@ -80,7 +82,7 @@ def log(x: Tensor) -> Tensor:
 
 def _log1p_minus(w: Tensor) -> Tensor:
     """``log(1 - w)`` for w in (0, 1/2]: both branches of the reduction are exact in float64."""
-    halve = w > 0.2928932188134524  # 1 - sqrt(1/2)
+    halve = w > HALVE_FROM
     f = torch.where(halve, 1.0 - 2.0 * w, -w)
     k = torch.where(halve, -1.0, 0.0).to(torch.float64)
     return _log_core(f, k)
@@ -92,12 +94,12 @@ def exp(z: Tensor) -> Tensor:
     The relative error is below 2^-45 (tested against 60-digit arithmetic).
     """
     low = torch.clamp(z, min=EXP_FLOOR)
-    n = (low * LOG2_E + _ROUND) - _ROUND
+    n = (low * LOG2_E + ROUND) - ROUND
     r = (low - n * LN2_HIGH) - n * LN2_LOW
-    y = torch.full_like(r, _EXP[-1])
-    for c in reversed(_EXP[:-1]):
+    y = torch.full_like(r, EXP_SERIES[-1])
+    for c in reversed(EXP_SERIES[:-1]):
         y = y * r + c
-    scale = ((n.to(torch.int64) << 52) + _ONE_BITS).view(torch.float64)
+    scale = ((n.to(torch.int64) << 52) + ONE_BITS).view(torch.float64)
     return torch.where(z < EXP_FLOOR, 0.0, y * scale)
 
 
