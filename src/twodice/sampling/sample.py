@@ -21,6 +21,7 @@ from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Past, Sampled, Settings, Status
 from twodice.random.keys import Key
+from twodice.sampling.arrays import returned, tensor_of
 from twodice.sampling.chain import Packed, key_of, pack
 from twodice.sampling.params import SamplingParams
 
@@ -34,7 +35,7 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
         if not 0 <= value < 2**32:
             raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
         return value
-    found = torch.as_tensor(value)
+    found = value if isinstance(value, Tensor) else tensor_of(name, value)
     if found.dtype.is_floating_point or found.dtype == torch.bool or found.dtype.is_complex:
         raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
     if found.ndim == 0:
@@ -48,7 +49,7 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
 
 
 def _integers(name: str, value: Any) -> Tensor:
-    found = torch.as_tensor(value)
+    found = value if isinstance(value, Tensor) else tensor_of(f"the {name} of history", value)
     if found.numel() and (found.dtype.is_floating_point or found.dtype == torch.bool):
         raise ShapeError(f"the {name} of history must be integers; got {found.dtype}")
     return found.to("cpu", torch.int64).contiguous()
@@ -101,7 +102,7 @@ def _history(value: History | None, settings: Settings, rows: int, vocabulary: i
 def _mask(value: Any, rows: int, vocabulary: int) -> Tensor | None:
     if value is None:
         return None
-    found = torch.as_tensor(value)
+    found = value if isinstance(value, Tensor) else tensor_of("allowed_mask", value)
     words = (vocabulary + 31) // 32
     if found.shape != (rows, words) or found.dtype not in (torch.int32, torch.uint32):
         raise ShapeError(
@@ -115,7 +116,8 @@ def _mask(value: Any, rows: int, vocabulary: int) -> Tensor | None:
 def _state(value: Any, rows: int) -> Tensor | None:
     if value is None:
         return None
-    found = torch.as_tensor(value).to("cpu", torch.float64)
+    found = value if isinstance(value, Tensor) else tensor_of("state", value)
+    found = found.to("cpu", torch.float64)
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
     return found.contiguous()
@@ -159,8 +161,10 @@ def sample(
 
     Parameters
     ----------
-    logits : (R, V) float tensor, or (V,) for one row
-        float32, bfloat16, float16 (taken as float32) or float64; any strides. V at most 2^20.
+    logits : (R, V) float tensor or array, or (V,) for one row
+        float32, bfloat16, float16 (taken as float32) or float64; any strides, any device. V at most 2^20. A
+        tensor, a NumPy array, or anything with ``__dlpack__`` (JAX, CuPy, TensorFlow); what is returned is
+        of the same kind. So may be every array below.
     params : SamplingParams, or one a row
         Rows with different settings cost no Python loop; the packing is cached.
     position : int or (R,) integers
@@ -199,7 +203,18 @@ def sample(
     exactly the softmax distribution to 2^-64.
     """
     if not isinstance(logits, Tensor):
-        logits = torch.as_tensor(logits)
+        found = sample(
+            tensor_of("logits", logits),
+            params,
+            position,
+            history=history,
+            completion=completion,
+            allowed_mask=allowed_mask,
+            state=state,
+            need=need,
+            on_bad_row=on_bad_row,
+        )
+        return returned(found, logits)
     if logits.ndim == 1:
         logits = logits[None]
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.dtype.is_floating_point:
