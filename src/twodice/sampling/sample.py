@@ -29,7 +29,7 @@ SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are fl
 History = tuple[Any, Any, Any] | tuple[Any, Any]
 
 
-def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
+def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
     """An integer as it is, one a row as (R,) int64 on the CPU; bounds are checked here, on the host."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < 2**32:
@@ -39,7 +39,7 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
     if found.dtype.is_floating_point or found.dtype == torch.bool or found.dtype.is_complex:
         raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
     if found.ndim == 0:
-        return _coordinate(int(found), rows, name)
+        return coordinate(int(found), rows, name)
     if found.shape != (rows,):
         raise ShapeError(f"{name} must be an integer or one a row, ({rows},); got shape {tuple(found.shape)}")
     found = found.to("cpu", torch.int64).contiguous()
@@ -84,7 +84,7 @@ def _past(value: History, rows: int, vocabulary: int) -> Past:
     return Past(ids, offsets, prompts)
 
 
-def _history(value: History | None, settings: Settings, rows: int, vocabulary: int) -> Past | None:
+def history_of(value: History | None, settings: Settings, rows: int, vocabulary: int) -> Past | None:
     """The past where a stage reads it; a wrong history is wrong whether or not it is used."""
     past = None if value is None else _past(value, rows, vocabulary)
     if settings.reads_history and past is None:
@@ -99,7 +99,8 @@ def _history(value: History | None, settings: Settings, rows: int, vocabulary: i
     return past if settings.reads_history else None
 
 
-def _mask(value: Any, rows: int, vocabulary: int) -> Tensor | None:
+def mask_of(value: Any, rows: int, vocabulary: int) -> Tensor | None:
+    """The packed mask, (R, ceil(V / 32)) int32 with a contiguous last axis."""
     if value is None:
         return None
     found = value if isinstance(value, Tensor) else tensor_of("allowed_mask", value)
@@ -137,7 +138,8 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[
     return made, np.array(fresh, np.uint64)
 
 
-def _needs(need: Iterable[str]) -> tuple[str, ...]:
+def needs_of(need: Iterable[str]) -> tuple[str, ...]:
+    """Names of `Sampled` fields; an unknown one is an error with the nearest."""
     found = tuple(need) if not isinstance(need, str) else (need,)
     for name in found:
         if name not in NEEDS:
@@ -232,7 +234,7 @@ def sample(
             params = SamplingParams()
         elif rows == 1:
             params = params[0]
-    need = _needs(need)
+    need = needs_of(need)
     if on_bad_row not in (None, "raise", "flag"):
         raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
     packed = pack(params)
@@ -240,12 +242,12 @@ def sample(
         raise RequestError(
             f"the token ids of settings must be in [0, {vocabulary}); got {packed.settings.highest_id}"
         )
-    past = _history(history, packed.settings, rows, vocabulary)
+    past = history_of(history, packed.settings, rows, vocabulary)
     seeds, keys = _seed_rows(packed, rows)
     draw = kernel.Draw(
-        keys, _coordinate(position, rows, "position"), _coordinate(completion, rows, "completion")
+        keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
     )
-    mask, start = _mask(allowed_mask, rows, vocabulary), _state(state, rows)
+    mask, start = mask_of(allowed_mask, rows, vocabulary), _state(state, rows)
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
     if policy == "raise" and (bad is None or bad > 0):
