@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from twodice.random.keys import Key as Key
     from twodice.sampling.params import SamplingParams as SamplingParams
     from twodice.sampling.sample import sample as sample
+    from twodice.sampling.speculative import verify as verify
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOMES = {
     "max_norm_": "twodice.dropout.maxnorm",
     "r_drop_loss": "twodice.dropout.rdrop",
     "sample": "twodice.sampling.sample",
+    "verify": "twodice.sampling.speculative",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "nn",
     "r_drop_loss",
     "sample",
+    "verify",
 ]
 
 

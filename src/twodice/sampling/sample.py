@@ -251,7 +251,7 @@ def sample(
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
     if policy == "raise" and (bad is None or bad > 0):
-        _raise_on_bad(chosen)
+        raise_on_bad(chosen.status)
     chosen.seeds = seeds
     return chosen
 
@@ -263,11 +263,12 @@ _WORDS = {
 }
 
 
-def _raise_on_bad(chosen: Sampled) -> None:
-    if not bool(chosen.status.any()):
+def raise_on_bad(status: Tensor) -> None:
+    """Policy "raise" on the (R,) statuses of rows: an error that names the first that cannot be served."""
+    if not bool(status.any()):
         return
-    bad = chosen.status.nonzero()[:, 0].tolist()
-    first = Status(int(chosen.status[bad[0]]))
+    bad = status.nonzero()[:, 0].tolist()
+    first = Status(int(status[bad[0]]))
     more = f" (and {len(bad) - 1} more rows: {bad[1:9]})" if len(bad) > 1 else ""
     raise RequestError(
         f"each row must have finite logits or -inf, and one to draw; row {bad[0]} has {_WORDS[first]}{more}; "
