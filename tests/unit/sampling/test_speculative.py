@@ -171,7 +171,7 @@ CHAINS = [
     SamplingParams(seed=3, dry_multiplier=0.8, dry_allowed_length=1, no_repeat_ngram_size=2, top_k=9),
     SamplingParams(seed=4, mirostat_tau=3.0, mirostat_eta=0.5),
     SamplingParams(seed=5, temperature=0.0, no_repeat_ngram_size=3),
-    SamplingParams(seed=6, min_tokens=9, stop_tokens=[3, 17, 40, 41, 42]),
+    SamplingParams(seed=6, temperature=2.0, min_tokens=9, stop_tokens=range(30)),
 ]
 PROMPTS = [[5, 6], [1, 2, 3, 1, 2], [8], [9, 9, 9], [10, 11, 12], [13]]
 
