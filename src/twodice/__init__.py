@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from twodice.sampling.params import SamplingParams as SamplingParams
     from twodice.sampling.processor import processor as processor
     from twodice.sampling.sample import sample as sample
+    from twodice.sampling.speculative import verify as verify
     from twodice.sampling.translate import translate as translate
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _HOMES = {
     "r_drop_loss": "twodice.dropout.rdrop",
     "sample": "twodice.sampling.sample",
     "translate": "twodice.sampling.translate",
+    "verify": "twodice.sampling.speculative",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "r_drop_loss",
     "sample",
     "translate",
+    "verify",
 ]
 
 

@@ -175,7 +175,7 @@ def _min_p(at: _Rows, row: Any) -> None:
 
 
 def _top_h(at: _Rows, row: Any) -> None:
-    """The longest prefix of tokens with a mass whose share of the entropy is at most `top_h`, and the first."""
+    """The longest prefix, of tokens with a mass, whose part of the entropy is at most `top_h` of it."""
     w, m = _moments(at.z())
     log_total = _log_total(w)
 

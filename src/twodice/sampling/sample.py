@@ -21,6 +21,7 @@ from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Past, Sampled, Settings, Status
 from twodice.random.keys import Key
+from twodice.sampling.arrays import returned, tensor_of
 from twodice.sampling.chain import Packed, key_of, pack
 from twodice.sampling.params import SamplingParams
 
@@ -28,17 +29,17 @@ SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are fl
 History = tuple[Any, Any, Any] | tuple[Any, Any]
 
 
-def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
+def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
     """An integer as it is, one a row as (R,) int64 on the CPU; bounds are checked here, on the host."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < 2**32:
             raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
         return value
-    found = torch.as_tensor(value)
+    found = value if isinstance(value, Tensor) else tensor_of(name, value)
     if found.dtype.is_floating_point or found.dtype == torch.bool or found.dtype.is_complex:
         raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
     if found.ndim == 0:
-        return _coordinate(int(found), rows, name)
+        return coordinate(int(found), rows, name)
     if found.shape != (rows,):
         raise ShapeError(f"{name} must be an integer or one a row, ({rows},); got shape {tuple(found.shape)}")
     found = found.to("cpu", torch.int64).contiguous()
@@ -48,7 +49,7 @@ def _coordinate(value: Any, rows: int, name: str) -> int | Tensor:
 
 
 def _integers(name: str, value: Any) -> Tensor:
-    found = torch.as_tensor(value)
+    found = value if isinstance(value, Tensor) else tensor_of(f"the {name} of history", value)
     if found.numel() and (found.dtype.is_floating_point or found.dtype == torch.bool):
         raise ShapeError(f"the {name} of history must be integers; got {found.dtype}")
     return found.to("cpu", torch.int64).contiguous()
@@ -83,7 +84,7 @@ def _past(value: History, rows: int, vocabulary: int) -> Past:
     return Past(ids, offsets, prompts)
 
 
-def _history(value: History | None, settings: Settings, rows: int, vocabulary: int) -> Past | None:
+def history_of(value: History | None, settings: Settings, rows: int, vocabulary: int) -> Past | None:
     """The past where a stage reads it; a wrong history is wrong whether or not it is used."""
     past = None if value is None else _past(value, rows, vocabulary)
     if settings.reads_history and past is None:
@@ -98,10 +99,11 @@ def _history(value: History | None, settings: Settings, rows: int, vocabulary: i
     return past if settings.reads_history else None
 
 
-def _mask(value: Any, rows: int, vocabulary: int) -> Tensor | None:
+def mask_of(value: Any, rows: int, vocabulary: int) -> Tensor | None:
+    """The packed mask, (R, ceil(V / 32)) int32 with a contiguous last axis."""
     if value is None:
         return None
-    found = torch.as_tensor(value)
+    found = value if isinstance(value, Tensor) else tensor_of("allowed_mask", value)
     words = (vocabulary + 31) // 32
     if found.shape != (rows, words) or found.dtype not in (torch.int32, torch.uint32):
         raise ShapeError(
@@ -115,7 +117,8 @@ def _mask(value: Any, rows: int, vocabulary: int) -> Tensor | None:
 def _state(value: Any, rows: int) -> Tensor | None:
     if value is None:
         return None
-    found = torch.as_tensor(value).to("cpu", torch.float64)
+    found = value if isinstance(value, Tensor) else tensor_of("state", value)
+    found = found.to("cpu", torch.float64)
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
     return found.contiguous()
@@ -135,7 +138,8 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[
     return made, np.array(fresh, np.uint64)
 
 
-def _needs(need: Iterable[str]) -> tuple[str, ...]:
+def needs_of(need: Iterable[str]) -> tuple[str, ...]:
+    """Names of `Sampled` fields; an unknown one is an error with the nearest."""
     found = tuple(need) if not isinstance(need, str) else (need,)
     for name in found:
         if name not in NEEDS:
@@ -159,8 +163,10 @@ def sample(
 
     Parameters
     ----------
-    logits : (R, V) float tensor, or (V,) for one row
-        float32, bfloat16, float16 (taken as float32) or float64; any strides. V at most 2^20.
+    logits : (R, V) float tensor or array, or (V,) for one row
+        float32, bfloat16, float16 (taken as float32) or float64; any strides, any device. V at most 2^20. A
+        tensor, a NumPy array, or anything with ``__dlpack__`` (JAX, CuPy, TensorFlow); what is returned is
+        of the same kind. So may be every array below.
     params : SamplingParams, or one a row
         Rows with different settings cost no Python loop; the packing is cached.
     position : int or (R,) integers
@@ -199,7 +205,18 @@ def sample(
     exactly the softmax distribution to 2^-64.
     """
     if not isinstance(logits, Tensor):
-        logits = torch.as_tensor(logits)
+        found = sample(
+            tensor_of("logits", logits),
+            params,
+            position,
+            history=history,
+            completion=completion,
+            allowed_mask=allowed_mask,
+            state=state,
+            need=need,
+            on_bad_row=on_bad_row,
+        )
+        return returned(found, logits)
     if logits.ndim == 1:
         logits = logits[None]
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.dtype.is_floating_point:
@@ -217,7 +234,7 @@ def sample(
             params = SamplingParams()
         elif rows == 1:
             params = params[0]
-    need = _needs(need)
+    need = needs_of(need)
     if on_bad_row not in (None, "raise", "flag"):
         raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
     packed = pack(params)
@@ -225,16 +242,16 @@ def sample(
         raise RequestError(
             f"the token ids of settings must be in [0, {vocabulary}); got {packed.settings.highest_id}"
         )
-    past = _history(history, packed.settings, rows, vocabulary)
+    past = history_of(history, packed.settings, rows, vocabulary)
     seeds, keys = _seed_rows(packed, rows)
     draw = kernel.Draw(
-        keys, _coordinate(position, rows, "position"), _coordinate(completion, rows, "completion")
+        keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
     )
-    mask, start = _mask(allowed_mask, rows, vocabulary), _state(state, rows)
+    mask, start = mask_of(allowed_mask, rows, vocabulary), _state(state, rows)
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
     if policy == "raise" and (bad is None or bad > 0):
-        _raise_on_bad(chosen)
+        raise_on_bad(chosen.status)
     chosen.seeds = seeds
     return chosen
 
@@ -246,11 +263,12 @@ _WORDS = {
 }
 
 
-def _raise_on_bad(chosen: Sampled) -> None:
-    if not bool(chosen.status.any()):
+def raise_on_bad(status: Tensor) -> None:
+    """Policy "raise" on the (R,) statuses of rows: an error that names the first that cannot be served."""
+    if not bool(status.any()):
         return
-    bad = chosen.status.nonzero()[:, 0].tolist()
-    first = Status(int(chosen.status[bad[0]]))
+    bad = status.nonzero()[:, 0].tolist()
+    first = Status(int(status[bad[0]]))
     more = f" (and {len(bad) - 1} more rows: {bad[1:9]})" if len(bad) > 1 else ""
     raise RequestError(
         f"each row must have finite logits or -inf, and one to draw; row {bad[0]} has {_WORDS[first]}{more}; "

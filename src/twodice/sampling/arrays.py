@@ -1,0 +1,103 @@
+"""Arrays of other libraries: NumPy, and whatever speaks DLPack, in as tensors and out as they came.
+
+The file knows memory and types; it knows no logits. Nothing is copied where torch can read the memory as it
+lies: a copy is made of negative strides, of strides that are no multiple of an item, and of foreign byte
+order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from twodice.errors import ShapeError
+
+Result = TypeVar("Result")
+Leave = Callable[[Tensor], Any]
+
+
+class _Writable:
+    """The memory of a read-only array as torch takes it without a warning; nothing here writes logits."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self.array = array  # keeps the memory
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _of_numpy(name: str, array: npt.NDArray[Any]) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise ShapeError(f"{name} must be a plain array; got a masked one: fill what is masked, with -inf")
+    if array.dtype.name == "bfloat16":  # of ml_dtypes; torch knows these 16 bits and not that type
+        return _of_numpy(name, array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ShapeError(f"{name} must be numbers of at most 64 bits; got an array of {array.dtype}")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
+
+
+def tensor_of(name: str, value: Any) -> Tensor:
+    """A tensor over the memory of an array, or of a list of numbers; `name` is what errors call it."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return _of_numpy(name, value)
+    if hasattr(value, "__dlpack__"):
+        try:
+            return torch.utils.dlpack.from_dlpack(value)  # type: ignore[attr-defined, no-any-return]
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise ShapeError(
+                f"{name} must be an array that torch can read by DLPack; got {type(value).__name__}: {error}"
+            ) from error
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"{name} must be a tensor, a NumPy array, an array with __dlpack__, or numbers; "
+            f"got {type(value).__name__}: {error}"
+        ) from error
+
+
+def _leave(like: Any) -> Leave:
+    """From a tensor to an array of the kind of `like`; a tensor stays one where no way is known."""
+    if isinstance(like, np.ndarray):
+        return lambda tensor: tensor.numpy()
+    if hasattr(like, "__array_namespace__"):  # CuPy, JAX, and NumPy's own kind
+        back: Leave = like.__array_namespace__().from_dlpack
+        return back
+    module = sys.modules.get(type(like).__module__.partition(".")[0])
+    if hasattr(like, "__dlpack__") and hasattr(module, "from_dlpack"):
+        back = module.from_dlpack  # type: ignore[union-attr]
+        return back
+    if hasattr(like, "__dlpack__") and type(like).__module__.startswith("tensorflow."):
+        taken = module.experimental.dlpack.from_dlpack  # type: ignore[union-attr]
+        return lambda tensor: taken(tensor.__dlpack__())
+    return lambda tensor: tensor
+
+
+def returned(result: Result, like: Any) -> Result:
+    """`result`, a dataclass of tensors, with each as an array of the kind of `like`."""
+    leave = _leave(like)
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return leave(value)
+        if isinstance(value, dict):
+            return {name: converted(one) for name, one in value.items()}
+        if isinstance(value, tuple):
+            return tuple(converted(one) for one in value)
+        return value
+
+    for field in fields(result):  # type: ignore[arg-type]
+        setattr(result, field.name, converted(getattr(result, field.name)))
+    return result

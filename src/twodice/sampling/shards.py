@@ -1,0 +1,311 @@
+"""A vocabulary that is split over machines: what each must send so that the token is that of the whole.
+
+A shard holds the logits of the ids [begin, end). It sends logits as they came, of every id that could still
+matter; `merge_shards` writes them into rows that are -inf elsewhere and calls `sample`. So whatever decides
+is decided in one place by one rule, and all that is to be shown is that no id that was left out could have
+mattered:
+
+===================================== ====================================================================
+first stage that drops tokens         a shard sends
+===================================== ====================================================================
+none                                  its highest logit, and the ids whose score z + g lies within 1e-9 of
+                                      its best score: almost always two ids
+temperature 0                         the ids that share its highest logit
+top-k                                 its k highest logits, with the ties of the last
+min-p                                 the ids that its own highest logit leaves
+anything else, and dynatemp           every id that the edits leave: the stage reads a sum over all of them
+===================================== ====================================================================
+
+With "none", z is counted from the shard's highest logit and not from the row's: it is off by one number for
+all ids of the shard, up to rounding. The row's highest token scores at least -3.8 and no noise is above 45.1,
+so the ids that count lie within 49 of the top, where that rounding stays below 1e-13.
+
+Letters: R rows, V vocabulary, n ids of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from twodice.errors import ConfigError, RequestError, ShapeError
+from twodice.kernels.sampling_edit import edit
+from twodice.kernels.sampling_settings import MAX_VOCABULARY, Past, Rule, Sampled, Settings, Stage
+from twodice.random import noise
+from twodice.sampling.arrays import tensor_of
+from twodice.sampling.chain import Packed, pack
+from twodice.sampling.params import SamplingParams
+from twodice.sampling.sample import History, coordinate, history_of, mask_of, needs_of, sample
+
+MARGIN = 1e-9
+"""Scores nearer than this are left to the merge, which counts z from the top of the whole row."""
+_SUMS = {"raw_logprob", "temperature_logprob", "temperature_entropy", "kept_mass"}
+"""What is counted over everything that lives, whatever the filters leave."""
+_KEPT = {"rank", "kept", "logprob", "entropy"}
+"""What is counted over the kept set: all of the row where there is no filter."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCandidates:
+    """What one shard sends: row i has the logits ``logits[offsets[i]:offsets[i + 1]]`` of ids ``ids[...]``.
+
+    Plain tensors on the CPU and numbers: any transport that carries Python objects or arrays will do.
+
+    Attributes
+    ----------
+    begin, end, vocabulary : int
+        The shard holds the ids [begin, end) of [0, vocabulary).
+    offsets : (R + 1,) int64 tensor
+    ids : (m,) int64 tensor
+        Ids of the whole vocabulary, rising within a row.
+    logits : (m,) float32 or float64 tensor
+        As they came, before every stage.
+    need : tuple of str
+        The fields that may be asked of the merge.
+    """
+
+    begin: int
+    end: int
+    vocabulary: int
+    offsets: Tensor
+    ids: Tensor
+    logits: Tensor
+    need: tuple[str, ...]
+
+
+def shard_candidates(
+    logits: Any,
+    params: SamplingParams | Sequence[SamplingParams],
+    position: int | Tensor | Sequence[int],
+    *,
+    begin: int,
+    vocabulary: int,
+    history: History | None = None,
+    completion: int | Tensor | Sequence[int] = 0,
+    allowed_mask: Any = None,
+    need: Iterable[str] = (),
+) -> ShardCandidates:
+    """Choose what a shard must send for `merge_shards`.
+
+    Parameters
+    ----------
+    logits : (R, n) float tensor or array
+        Of the ids ``begin`` to ``begin + n - 1``.
+    params, position, history, completion, allowed_mask
+        As for `sample`, of the whole vocabulary and the same on every shard.
+    begin, vocabulary : int
+        Where the shard begins, and how many ids there are in all.
+    need : names of `Sampled` fields
+        What the merge will be asked for. Log-probabilities of the model and of the temperature, their
+        entropy and the kept mass are sums over the whole row, so each of these makes every shard send all it
+        has; the other fields do so where no stage drops tokens.
+
+    Returns
+    -------
+    ShardCandidates
+
+    Raises
+    ------
+    ShapeError, RequestError
+        As for `sample`; and where a row has no seed, which every shard must know.
+
+    Notes
+    -----
+    *Randomness*: that of `sample`, and no other: noise is a function of (seed, position, completion, token
+    id), so every shard knows that of its own ids. The largest of the shards' winners is the winner of the
+    whole (Gumbel 1954; Maddison, Tarlow and Minka 2014).
+    """
+    shard = tensor_of("logits", logits)
+    if shard.ndim != 2 or not shard.dtype.is_floating_point:
+        raise ShapeError(f"logits must be (rows, ids of the shard) floats; got {tuple(shard.shape)}")
+    rows, n = shard.shape
+    if not 0 < vocabulary <= MAX_VOCABULARY or not 0 <= begin <= vocabulary - n:
+        raise ShapeError(
+            f"a shard must lie in the vocabulary, which is at most 2^20; got ids {begin} to {begin + n} of "
+            f"{vocabulary}"
+        )
+    given = (params,) * rows if isinstance(params, SamplingParams) else tuple(params)
+    if len(given) != rows:
+        raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(given)}")
+    asked = needs_of(need)
+    packed = pack(given) if rows else pack(SamplingParams(seed=0))
+    if not packed.all_seeded:
+        raise RequestError(
+            "each row of a shard must have a seed, or the shards draw different noise; got None: give one "
+            "and the same seed to all shards"
+        )
+    settings = packed.settings
+    if settings.highest_id >= vocabulary:
+        raise RequestError(
+            f"the token ids of settings must be in [0, {vocabulary}); got {settings.highest_id}"
+        )
+    past, mask = history_of(history, settings, rows, vocabulary), mask_of(allowed_mask, rows, vocabulary)
+    where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
+    raw = shard.to("cpu", torch.float64 if shard.dtype == torch.float64 else torch.float32)
+    edited = _edited(raw, settings, past, mask, begin, vocabulary)
+    living = raw if "raw_logprob" in asked else edited
+    sent = living > -torch.inf
+    if rows and n:
+        _narrow(sent, edited, packed, set(asked), begin, where, which)
+    for x in (raw, edited):  # a row that cannot be served says so in the merge too
+        sent |= x.isnan() | (x == torch.inf)
+    offsets = torch.zeros(rows + 1, dtype=torch.int64)
+    offsets[1:] = sent.sum(1).cumsum(0)
+    return ShardCandidates(
+        begin, begin + n, vocabulary, offsets, sent.nonzero()[:, 1] + begin, raw[sent], asked
+    )
+
+
+def _edited(
+    raw: Tensor, settings: Settings, past: Past | None, mask: Tensor | None, begin: int, vocabulary: int
+) -> Tensor:
+    """Stages 2 and 3 on the shard. They name ids of the whole, so they run in a row of the whole."""
+    if not settings.ids.size and past is None and mask is None:
+        return raw
+    whole = raw.new_full((raw.shape[0], vocabulary), -torch.inf)
+    whole[:, begin : begin + raw.shape[1]] = raw
+    mask = None if mask is None else mask.cpu()
+    return edit(whole, settings, past, mask)[:, begin : begin + raw.shape[1]]
+
+
+def _first_filter(row: Any, asked: set[str]) -> tuple[Stage | Literal["all", "none"], float]:
+    """The stage that decides what a shard sends, and the temperature before it."""
+    stages = [Stage(code) for code in row["stages"] if code]
+    if asked & _SUMS or (Stage.TOP_P in stages and row["rules"] & Rule.JOINT):
+        return "all", 1.0
+    temperature = 1.0
+    for stage in stages:
+        if stage in (Stage.GREEDY, Stage.TOP_K, Stage.MIN_P):
+            return stage, temperature
+        if stage != Stage.TEMPERATURE:
+            return "all", temperature
+        temperature = float(row["temperature"])
+    return ("all" if asked & _KEPT else "none"), temperature
+
+
+def _narrow(
+    sent: Tensor,
+    x: Tensor,
+    packed: Packed,
+    asked: set[str],
+    begin: int,
+    position: int | Tensor,
+    completion: int | Tensor,
+) -> None:
+    """Take out of `sent` what cannot matter; all rows of one first filter at once."""
+    n = x.shape[1]
+    table = packed.settings.rows
+    plans = [_first_filter(row, asked) for row in table]
+    for kind in {kind for kind, _ in plans} - {"all"}:
+        at = torch.tensor([i for i, (found, _) in enumerate(plans) if found == kind], dtype=torch.int64)
+        part = x[at]
+        top = part.amax(1, keepdim=True)
+        temperature = torch.tensor([plans[i][1] for i in at.tolist()], dtype=torch.float64)[:, None]
+        if kind == Stage.GREEDY:
+            stays = part == top
+        elif kind == Stage.TOP_K:
+            k = torch.from_numpy(table["top_k"][at.numpy()]).clamp(max=n)[:, None]
+            stays = part >= part.topk(int(k.max()), dim=1).values.gather(1, k - 1)
+        else:
+            # In float64, operation by operation as the chain does it. Its top is not below ours, so its z is
+            # not above ours, rounding included.
+            z = (part.to(torch.float64) - top.to(torch.float64)) / temperature
+            if kind == Stage.MIN_P:
+                stays = z >= torch.from_numpy(table["log_min_p"][at.numpy()].copy())[:, None]
+            else:
+                keys = torch.from_numpy(packed.keys.view("int64"))[at, None]
+                ids = torch.arange(begin, begin + n)[None]
+                where, which = (
+                    one if isinstance(one, int) else one[at, None] for one in (position, completion)
+                )
+                score = z + noise.gumbel(ids, where, which, noise.PURPOSE_TOKEN, keys)
+                # An empty shard row has top = -inf and z = NaN, which is not within anything.
+                best = score.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1, keepdim=True)
+                stays = score >= best - MARGIN
+                stays.scatter_(1, part.argmax(1, keepdim=True), True)
+        sent[at] &= stays
+
+
+def merge_shards(
+    parts: Sequence[ShardCandidates],
+    params: SamplingParams | Sequence[SamplingParams],
+    position: int | Tensor | Sequence[int],
+    *,
+    history: History | None = None,
+    completion: int | Tensor | Sequence[int] = 0,
+    allowed_mask: Any = None,
+    state: Any = None,
+    need: Iterable[str] = (),
+    on_bad_row: Literal["raise", "flag"] | None = None,
+) -> Sampled:
+    """Draw from a vocabulary of which each part was held by a shard; equal to `sample` on the whole.
+
+    Parameters
+    ----------
+    parts : sequence of ShardCandidates
+        One of every shard, in any order; together they must cover the vocabulary.
+    params, position, history, completion, allowed_mask, state, on_bad_row
+        As for `sample`, and as given to the shards.
+    need : names of `Sampled` fields
+        Of those that the shards were told of.
+
+    Returns
+    -------
+    Sampled
+        On the CPU. Tokens, statuses, ranks, kept sets and states are those of `sample` on the whole row; the
+        other numbers agree to the order of summation.
+
+    Raises
+    ------
+    ShapeError
+        If the parts leave ids out, overlap, or have different rows.
+    ConfigError
+        If a field is needed that a shard was not told of.
+    RequestError
+        As for `sample`.
+
+    Notes
+    -----
+    *Randomness*: see `shard_candidates`. Every machine that merges the same parts has the same token, so
+    the token itself need not be sent.
+    """
+    ordered = sorted(parts, key=lambda part: (part.begin, part.end))
+    asked = needs_of(need)
+    if not ordered:
+        raise ShapeError("parts must be one of every shard; got none")
+    rows, vocabulary = len(ordered[0].offsets) - 1, ordered[0].vocabulary
+    seams = [0, *(part.end for part in ordered)]
+    if [part.begin for part in ordered] != seams[:-1] or seams[-1] != vocabulary:
+        spans = ", ".join(f"[{part.begin}, {part.end})" for part in ordered)
+        raise ShapeError(f"parts must cover the ids [0, {vocabulary}) once each; got {spans}")
+    for part in ordered:
+        if len(part.offsets) != rows + 1 or part.vocabulary != vocabulary:
+            raise ShapeError(
+                f"parts must be of the same rows and vocabulary; got {rows} rows of {vocabulary} ids and "
+                f"{len(part.offsets) - 1} rows of {part.vocabulary} ids"
+            )
+        missing = [name for name in asked if name not in part.need]
+        if missing:
+            raise ConfigError(
+                f"{missing[0]} needs what the shards did not send; give need=({missing[0]!r},) to "
+                "shard_candidates too"
+            )
+    whole = torch.full((rows, vocabulary), -torch.inf, dtype=ordered[0].logits.dtype)
+    for part in ordered:
+        row = torch.repeat_interleave(torch.arange(rows), part.offsets.diff())
+        whole[row, part.ids] = part.logits
+    return sample(
+        whole,
+        params,
+        position,
+        history=history,
+        completion=completion,
+        allowed_mask=allowed_mask,
+        state=state,
+        need=asked,
+        on_bad_row=on_bad_row,
+    )
