@@ -6,6 +6,7 @@ This module knows neither Philox nor torch; it only turns (seed, names) into 64 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from twodice.errors import ConfigError
@@ -73,9 +74,17 @@ class Key:
         ConfigError
             If there is no name, or one is neither text nor an integer.
         """
+        return Key(Key.children(*names)(self.seed))
+
+    @staticmethod
+    def children(*names: str | int) -> Callable[[int], int]:
+        """Return the function from a parent's 64 bits to those of its child with these names.
+
+        For many parents: the names are read once. ``Key.children("a")(7) == Key(7).child("a").value``.
+        """
         if not names:
             raise ConfigError("a child key needs at least one name; got none")
-        digest = hashlib.blake2b(self.seed.to_bytes(8, "little"), digest_size=8)
+        told = b""
         for name in names:
             if isinstance(name, str):
                 kind, data = b"s", name.encode("utf-8")
@@ -83,8 +92,13 @@ class Key:
                 kind, data = b"i", str(name).encode("ascii")
             else:
                 raise ConfigError(f"the name of a key must be text or an integer; got {name!r}")
-            digest.update(kind + len(data).to_bytes(8, "little") + data)
-        return Key(int.from_bytes(digest.digest(), "little"))
+            told += kind + len(data).to_bytes(8, "little") + data
+
+        def child(parent: int) -> int:
+            digest = hashlib.blake2b(parent.to_bytes(8, "little") + told, digest_size=8).digest()
+            return int.from_bytes(digest, "little")
+
+        return child
 
     def __repr__(self) -> str:
         return f"Key({self.seed:#x})"

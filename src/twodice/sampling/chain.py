@@ -57,10 +57,10 @@ _LISTS = {
 }
 
 
-@lru_cache(maxsize=4096)
-def key_of(seed: int) -> int:
-    """The Philox key of a seed: the child ``sampling`` of ``Key(seed)``."""
-    return Key(seed).child("sampling").value
+fresh_key = Key.children("sampling")
+"""The Philox key of a seed in [0, 2^64): the child ``sampling`` of ``Key(seed)``."""
+key_of = lru_cache(maxsize=4096)(lambda seed: fresh_key(seed % 2**64))
+"""The same of any seed, remembered."""
 
 
 @lru_cache(maxsize=1024)

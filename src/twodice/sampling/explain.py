@@ -26,7 +26,7 @@ from twodice.sampling.chain import pack
 from twodice.sampling.fields import FIELDS, is_off
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.profiles import SWITCH
-from twodice.sampling.sample import History, _history, _mask, sample
+from twodice.sampling.sample import History, history_of, mask_of, sample
 
 EDITS = ("logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "repetition_penalty",
          "frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "dry_multiplier")  # fmt: skip
@@ -203,9 +203,9 @@ def edited(
     """(R, V) logits as stages 2 and 3 leave them, float32, or float64 where they came so."""
     rows, vocabulary = logits.shape
     settings = pack(params).settings
-    past = _history(history, settings, rows, vocabulary)
+    past = history_of(history, settings, rows, vocabulary)
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
-    mask = _mask(allowed_mask, rows, vocabulary)
+    mask = mask_of(allowed_mask, rows, vocabulary)
     return edit(wide, settings, past, None if mask is None else mask.to(logits.device))
 
 

@@ -20,6 +20,9 @@ With "none", z is counted from the shard's highest logit and not from the row's:
 all ids of the shard, up to rounding. The row's highest token scores at least -3.8 and no noise is above 45.1,
 so the ids that count lie within 49 of the top, where that rounding stays below 1e-13.
 
+The noise of "none" is computed by torch, about a microsecond an id: little traffic, and a draw that costs far
+more than `sample` on the whole.
+
 Letters: R rows, V vocabulary, n ids of a shard.
 """
 

@@ -142,6 +142,15 @@ def test_jax_in_and_jax_out() -> None:
         assert np.asarray(found.tokens).tolist() == wanted.tokens.tolist()
 
 
+def test_tensorflow_in_and_tensorflow_out() -> None:
+    tensorflow = pytest.importorskip("tensorflow")
+    x = tensorflow.constant(logits_of().numpy())
+    found = sample(x, PARAMS[0], 3, history=PAST, need=("kept",))
+    assert all(tensorflow.is_tensor(v) for v in (found.tokens, *found.kept))
+    wanted = sample(logits_of(), PARAMS[0], 3, history=PAST)
+    assert found.tokens.numpy().tolist() == wanted.tokens.tolist()
+
+
 @pytest.mark.parametrize(
     ("logits", "said"),
     [
