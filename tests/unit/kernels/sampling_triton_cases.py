@@ -32,7 +32,7 @@ from twodice.sampling.sample import sample
 
 # The interpreter computes with numpy, which warns where a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-ROWS = int(os.environ.get("TWODICE_TRITON_ROWS", "120"))
+ROWS = int(os.environ.get("TWODICE_TRITON_ROWS", "100"))
 SIZES = ({"block": 16, "room": 32}, {"block": 8, "room": 128}, {"block": 32, "room": 16})
 STAGES = ("temperature", "top_k", "top_p", "min_p")
 ORDERS = (
