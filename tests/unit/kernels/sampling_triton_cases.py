@@ -32,7 +32,7 @@ from twodice.sampling.sample import sample
 
 # The interpreter computes with numpy, which warns where a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-ROWS = int(os.environ.get("TWODICE_TRITON_ROWS", "120"))
+ROWS = int(os.environ.get("TWODICE_TRITON_ROWS", "100"))
 SIZES = ({"block": 16, "room": 32}, {"block": 8, "room": 128}, {"block": 32, "room": 16})
 STAGES = ("temperature", "top_k", "top_p", "min_p")
 ORDERS = (
@@ -183,11 +183,24 @@ def test_the_token_behind_a_prefix_that_reaches_p_exactly_goes() -> None:
     assert both(logits, free.settings, draw)[0].tokens.any()  # it would have been drawn
 
 
+def test_top_p_counts_the_mass_that_min_p_removes_behind_it() -> None:
+    """Masses 4, 3, 2, 1: top-k leaves 9, half of which needs two tokens; the 7 that min-p leaves do not."""
+    logits = torch.full((6, 24), -torch.inf)
+    logits[:, [0, 8, 16, 17]] = torch.tensor([4.0, 3.0, 2.0, 1.0]).log()
+    for order, second in ((("top_k", "top_p", "min_p"), True), (("top_k", "min_p", "top_p"), False)):
+        settings = {"top_k": 3, "top_p": 0.5, "min_p": 0.6, "order": ("temperature", *order)}
+        packed = pack(tuple(SamplingParams(seed=s, **settings) for s in range(6)))  # type: ignore[arg-type]
+        for room in (8, 2):  # candidates in a list, and too many for it
+            ours, wanted = both(logits, packed.settings, Draw(packed.keys, 0, 0), block=8, tile=8, room=room)
+            assert_equal(ours, wanted)
+            assert bool(ours.tokens.any()) is second
+
+
 def test_a_tail_of_many_tokens_far_below_the_top_is_drawn() -> None:
     """One token and 5,999 that are 9 nats below it and hold 43 % of the mass."""
-    params = tuple(SamplingParams(seed=s, top_p=(None, 0.99)[s % 2]) for s in range(12))
+    params = tuple(SamplingParams(seed=s, top_p=(None, 0.99)[s % 2]) for s in range(8))
     packed = pack(params)
-    logits = torch.full((12, 6000), -9.0)
+    logits = torch.full((8, 6000), -9.0)
     logits[:, 4321] = 0
     ours, wanted = both(logits, packed.settings, Draw(packed.keys, 0, 0))
     assert_equal(ours, wanted)
