@@ -8,6 +8,7 @@ that site. Knows no plan.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
