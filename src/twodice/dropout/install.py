@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from twodice.dropout.adapters import AdapterForward, AdapterHook
 from twodice.dropout.attention import Attending, attend
 from twodice.dropout.fused import ExpertsForward, MultiheadForward, RecurrentForward, StandIn
 from twodice.dropout.hooks import GuardHook, InputHook, OutputHook, Site, State
@@ -84,6 +85,10 @@ class Hooked:
             self._attention(site, place)
         elif place.tensor == "input":
             self.before(module, InputHook(state, site))
+        elif "reader" in place.extra:
+            hook, matrix = AdapterHook(state, site), place.extra["reader"]
+            self.after(module, hook)
+            state.switches.append((matrix.__dict__, "forward", AdapterForward(hook, matrix, matrix.forward)))
         elif place.tensor in ("output", "channels"):
             self.after(module, OutputHook(state, site))
         elif place.tensor == "lookup":

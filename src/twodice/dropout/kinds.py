@@ -2,8 +2,7 @@
 skip path.
 
 Each is a site or a hook of its own. Knows the frame and the site, not the plan. The plain kinds drop a
-module's input or output by the hooks in `hooks`; with D(x) = m x / (1 - p), where m is 0 with probability p,
-else 1:
+module's input or output by the hooks in `hooks`; D(x) = m x / (1 - p), where m is 0 with probability p, or 1:
 
 - `embedding`: D(E + P), the sum of what was looked up and the positions, before the first layer (Vaswani et
   al. 2017, arXiv 1706.03762, section 5.4). A model whose positions enter in attention has no P.

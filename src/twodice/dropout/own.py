@@ -8,13 +8,14 @@ that site. Knows no plan.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
 from twodice.dropout import reading, table
 from twodice.dropout.places import Inventory, OwnDropout, Place
 from twodice.dropout.stacks import Stack
-from twodice.dropout.wrappers import at, join, module_at
+from twodice.dropout.wrappers import at, join, module_at, stood_in
 
 #: Names in a forward that reach children in ways that names do not show.
 _BY_OTHER_MEANS = frozenset(("getattr", "children", "named_children", "modules", "_modules", "__dict__"))
@@ -99,6 +100,19 @@ def _sites(found: Inventory, stack: Stack, kind: str, layer: int | None) -> list
     ]
 
 
+def _readers(modules: list[tuple[str, nn.Module]]) -> dict[int, nn.Linear]:
+    """For the dropout (by id) of an adapter of LoRA's form: the matrix that alone reads what it gives."""
+    found = {}
+    for _, module in modules:
+        adapter: Any = module
+        if stood_in(module) is None or not (hasattr(module, "lora_A") and hasattr(module, "lora_dropout")):
+            continue
+        for name, dropout in adapter.lora_dropout.items():
+            if name in adapter.lora_A and isinstance(adapter.lora_A[name], nn.Linear):
+                found[id(dropout)] = adapter.lora_A[name]
+    return found
+
+
 def collect(found: Inventory, modules: list[tuple[str, nn.Module]]) -> None:
     """Record every other own dropout, the sites of the kind ``dropout``, phantoms and other chance."""
     _dead(found, modules)
@@ -111,6 +125,7 @@ def collect(found: Inventory, modules: list[tuple[str, nn.Module]]) -> None:
         for place in found.places
         if place.tensor == "attention" and place.kind == "attention"
     }
+    readers = _readers(modules)
     for path, module in modules:
         if isinstance(module, nn.Dropout):
             why = found.silent.get(id(module))
@@ -123,7 +138,8 @@ def collect(found: Inventory, modules: list[tuple[str, nn.Module]]) -> None:
                 found.own.append(OwnDropout(path, module, module.p, None, called=called))
             if id(module) not in quiet:
                 layout = "bhts" if id(module) in weights else axes.get(id(module)) or _layout(found, path)
-                found.add("dropout", path, module, "output", layout=layout)
+                extra = {} if id(module) not in readers else {"reader": readers[id(module)]}
+                found.add("dropout", path, module, "output", layout=layout, extra=extra)
         elif isinstance(module, nn.modules.dropout._DropoutNd):
             found.own.append(OwnDropout(path, module, module.p, None))
             layout = _CHANNELS.get(type(module))

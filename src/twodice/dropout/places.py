@@ -68,7 +68,8 @@ class Place:
         attention function of the module's own file); ``stream``, ``stream_is`` and ``between`` (for
         ``skip``: the module whose first argument is the stream, and the own rates, as (module, attribute),
         that lie between the branch and the sum); ``experts`` and ``width``; ``parameter`` and ``tied``
-        (paths of other modules with the same parameter).
+        (paths of other modules with the same parameter); ``reader`` (the matrix that alone reads what the
+        dropout of an adapter gives).
     """
 
     name: str

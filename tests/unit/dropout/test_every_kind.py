@@ -463,3 +463,43 @@ def test_a_schedule_of_a_hundred_rates_is_one_compiled_graph(name: str) -> None:
     assert len(losses) > 95
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+def test_the_dropout_of_an_adapter_keeps_no_copy_of_the_dropped_input() -> None:
+    """Bytes kept for the backward, each storage once: as many with the site as without. Saboteur: the matrix
+    reads the dropped input as usual.
+    """
+    peft = pytest.importorskip("peft")
+    kept, results = {}, {}
+    for name, plan, plain in (
+        ("none", "dropout=0.0", False), ("site", "dropout=0.3", False), ("copied", "dropout=0.3", True),
+    ):  # fmt: skip
+        lora = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"])
+        lora.init_lora_weights = False  # B of zeros would give A no gradient
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model = peft.get_peft_model(tiny_model("llama"), lora).train()
+        handle = twodice.attach(model, plan, seed=5)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found: dict[int, torch.Tensor] = {}
+
+        def pack(x: torch.Tensor, own: Any = own, found: Any = found) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in own:
+                found[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with handle.step(0, examples=range(8)):
+            for module in model.modules():
+                if plain and "lora_A" in getattr(module, "__dict__", {}).get("_modules", {}):
+                    module.lora_A["default"].__dict__.pop("forward", None)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                loss = loss_of(model, tokens())
+        kept[name] = sum(x.untyped_storage().nbytes() for x in found.values())
+        loss.backward()
+        results[name] = loss.detach(), gradients(model)
+        handle.detach()
+    one_input = 8 * 12 * 32 * 4  # B x T x C of float32
+    assert kept["site"] <= kept["none"] + one_input // 8
+    assert kept["copied"] >= kept["site"] + 2 * one_input
+    torch.testing.assert_close(results["site"], results["copied"], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(results["site"][0], results["none"][0])
