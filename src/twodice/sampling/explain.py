@@ -205,7 +205,7 @@ def edited(
     settings = pack(params).settings
     past = _history(history, settings, rows, vocabulary)
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
-    return edit(wide, settings, past, _mask(allowed_mask, rows, vocabulary))
+    return edit(wide, settings, past, _mask(allowed_mask, rows, vocabulary, wide.device))
 
 
 def _only(params: SamplingParams, on: Iterable[str]) -> SamplingParams:

@@ -103,7 +103,7 @@ def _history(value: History | None, settings: Settings, rows: int, vocabulary: i
     return past if settings.reads_history else None
 
 
-def _mask(value: Any, rows: int, vocabulary: int, device: torch.device | str = "cpu") -> Tensor | None:
+def _mask(value: Any, rows: int, vocabulary: int, device: torch.device) -> Tensor | None:
     if value is None:
         return None
     found = torch.as_tensor(value)
