@@ -101,42 +101,52 @@ class Editor {
     void ban_ngrams() {
         const int64_t n = set_.ngram;
         if (n <= 0 || length_ < n) return;
-        const int64_t* const start = past_ + (length_ - n + 1);
-        for (int64_t j = 0; j + n <= length_; ++j)
-            if (std::equal(start, start + (n - 1), past_ + j)) put(past_[j + n - 1], -INFINITY);
+        if (n == 1)
+            for (int64_t j = 0; j < length_; ++j) put(past_[j], -INFINITY);
+        else
+            repeats(length_, [&](int64_t following, int64_t length) {
+                if (length >= n - 1) put(following, -INFINITY);
+            });
     }
 
-    bool breaks(int64_t id) const {
-        return std::binary_search(job_.ids + set_.breaker.begin, job_.ids + set_.breaker.end, id);
-    }
-
-    // The repeat that ends at each place is the common beginning of two reversed texts: the Z function of the reversed
-    // history gives all of them in one walk.
-    void dry() {
-        if (!(set_.dry_multiplier > 0)) return;
-        const int64_t n = set_.dry_range > 0 && set_.dry_range < length_ ? set_.dry_range : length_;
-        const int64_t* const end = past_ + length_;
-        auto at = [&](int64_t back) { return end[-1 - back]; };  // 0 is the last token
-        int64_t room = 0;
-        while (room < n && !breaks(at(room))) ++room;
-        if (room == 0) return;
+    // Calls fn(following, length) for each token of the last n but the first, and the longest run that ends these n and
+    // also stands before it. Both are read from the end: the common beginning of two reversed texts is the Z function
+    // of the reversed history, one walk however much the text goes round in circles.
+    template <class Fn>
+    void repeats(int64_t n, Fn fn) {
+        auto at = [end = past_ + length_](int64_t back) { return end[-1 - back]; };  // 0 is the last token
         auto& z = s_.run;
         z.assign(static_cast<size_t>(n), 0);
-        auto& longest = s_.counts;
-        longest.resize(std::max<size_t>(longest.size(), static_cast<size_t>(n_)), 0);
-        const int64_t allowed = set_.dry_allowed < 1 ? 1 : set_.dry_allowed;
         int64_t left = 0, right = 0;
         for (int64_t i = 1; i < n; ++i) {
             int64_t length = i < right ? std::min<int64_t>(right - i, z[i - left]) : 0;
             while (i + length < n && at(length) == at(i + length)) ++length;
             z[i] = static_cast<int32_t>(length);
             if (i + length > right) left = i, right = i + length;
-            const int64_t following = at(i - 1), found = length < room ? length : room;
+            fn(at(i - 1), length);
+        }
+    }
+
+    bool breaks(int64_t id) const {
+        return std::binary_search(job_.ids + set_.breaker.begin, job_.ids + set_.breaker.end, id);
+    }
+
+    void dry() {
+        if (!(set_.dry_multiplier > 0)) return;
+        const int64_t n = set_.dry_range > 0 && set_.dry_range < length_ ? set_.dry_range : length_;
+        int64_t room = 0;  // tokens after the last breaker: no run is longer
+        while (room < n && !breaks(past_[length_ - 1 - room])) ++room;
+        if (room == 0) return;
+        auto& longest = s_.counts;
+        longest.resize(std::max<size_t>(longest.size(), static_cast<size_t>(n_)), 0);
+        const int64_t allowed = set_.dry_allowed < 1 ? 1 : set_.dry_allowed;
+        repeats(n, [&](int64_t following, int64_t length) {
+            const int64_t found = length < room ? length : room;
             if (found >= allowed && found > longest[following] && !breaks(following))
                 longest[following] = static_cast<int32_t>(found);
-        }
-        for (int64_t i = 1; i < n; ++i) {
-            const int64_t following = at(i - 1);
+        });
+        for (int64_t j = length_ - n + 1; j < length_; ++j) {
+            const int64_t following = past_[j];
             if (longest[following] == 0) continue;
             put(following, x_[following] - static_cast<F>(penalty_of(longest[following])));
             longest[following] = 0;

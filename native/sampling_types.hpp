@@ -99,7 +99,7 @@ struct Scratch {
     Buffers<double, unsigned __int128> wide;
     std::vector<uint64_t> seen;    // a bit an id, all 0 between uses
     std::vector<int32_t> counts;   // a number an id, all 0 between uses
-    std::vector<int32_t> run;      // of DRY: the length of the repeat that ends at each place
+    std::vector<int32_t> run;      // the length of the repeat that ends at each place
     std::vector<uint8_t> blocks;   // of maxima, that an edit has touched
     std::vector<Distance> distances;
 

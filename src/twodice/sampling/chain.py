@@ -5,8 +5,10 @@ The file knows the names of settings and the codes of stages; it knows no logits
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -119,12 +121,49 @@ class Packed:
     all_seeded: bool
     keys: npt.NDArray[np.uint64]
 
+    @property
+    def size(self) -> int:
+        """Bytes of its arrays, and some for the objects around them."""
+        table = self.settings
+        return 1024 + sum(a.nbytes for a in (table.rows, table.ids, table.values, self.keys))
 
-@lru_cache(maxsize=512)
-def pack(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
-    """Pack settings for the kernels; cached, because a text is many calls with the same settings."""
+
+def _made(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
     every = (params,) if isinstance(params, SamplingParams) else params
     settings = Settings.pack([_row(p) for p in every])
     seeds = tuple(p.seed for p in every)
     keys = np.array([0 if s is None else key_of(s) for s in seeds], np.uint64)
     return Packed(settings, seeds, None not in seeds, keys)
+
+
+class Packs:
+    """The settings that were packed last, up to so many bytes of tables.
+
+    Bytes and not entries: a batch of many rows, or with long lists of ids, is megabytes, and the batch of an
+    engine changes with every request that comes or goes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+        self._kept: OrderedDict[Any, Packed] = OrderedDict()
+        self._lock = Lock()
+
+    def __call__(self, params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
+        """Pack settings for the kernels; kept, because a text is many calls with the same settings."""
+        with self._lock:
+            found = self._kept.get(params)
+            if found is not None:
+                self._kept.move_to_end(params)
+                return found
+        made = _made(params)
+        with self._lock:
+            if params not in self._kept and made.size <= self.most:
+                self._kept[params] = made
+                self.held += made.size
+                while self.held > self.most:
+                    self.held -= self._kept.popitem(last=False)[1].size
+        return made
+
+
+pack = Packs(1 << 26)

@@ -205,8 +205,7 @@ def edited(
     settings = pack(params).settings
     past = history_of(history, settings, rows, vocabulary)
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
-    mask = mask_of(allowed_mask, rows, vocabulary)
-    return edit(wide, settings, past, None if mask is None else mask.to(logits.device))
+    return edit(wide, settings, past, mask_of(allowed_mask, rows, vocabulary, wide.device))
 
 
 def _only(params: SamplingParams, on: Iterable[str]) -> SamplingParams:

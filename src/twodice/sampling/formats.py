@@ -72,7 +72,7 @@ def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None 
     unserved = {
         name: mapping[name]
         for name, neutral in _UNSERVED.items()
-        if name in mapping and mapping[name] is not None and mapping[name] != neutral
+        if mapping.get(name) not in (None, neutral, [], (), {})
     }
     if unserved:
         raise ConfigError(f"generation_config asks for {unserved}, which twodice does not serve; remove it")

@@ -9,7 +9,7 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +35,12 @@ def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
             raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
         return value
     found = value if isinstance(value, Tensor) else tensor_of(name, value)
-    if found.dtype.is_floating_point or found.dtype == torch.bool or found.dtype.is_complex:
+    # An empty list, of no rows, comes as floats.
+    if (
+        found.dtype == torch.bool
+        or found.dtype.is_complex
+        or (found.dtype.is_floating_point and found.numel())
+    ):
         raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
     if found.ndim == 0:
         return coordinate(int(found), rows, name)
@@ -103,8 +108,8 @@ def history_of(value: History | None, settings: Settings, rows: int, vocabulary:
     return past if settings.reads_history else None
 
 
-def mask_of(value: Any, rows: int, vocabulary: int) -> Tensor | None:
-    """The packed mask, (R, ceil(V / 32)) int32 with a contiguous last axis."""
+def mask_of(value: Any, rows: int, vocabulary: int, device: torch.device) -> Tensor | None:
+    """The packed mask, (R, ceil(V / 32)) int32 with a contiguous last axis, on the device of the logits."""
     if value is None:
         return None
     found = value if isinstance(value, Tensor) else tensor_of("allowed_mask", value)
@@ -114,7 +119,7 @@ def mask_of(value: Any, rows: int, vocabulary: int) -> Tensor | None:
             f"allowed_mask must be ({rows}, {words}) int32, a bit for each id; "
             f"got {tuple(found.shape)} of {found.dtype}"
         )
-    found = found.view(torch.int32)
+    found = found.view(torch.int32).to(device)  # grammar engines fill it on the CPU, logits may be elsewhere
     return found if found.stride(1) == 1 or words == 1 else found.contiguous()
 
 
@@ -122,7 +127,7 @@ def _state(value: Any, rows: int) -> Tensor | None:
     if value is None:
         return None
     found = value if isinstance(value, Tensor) else tensor_of("state", value)
-    found = found.to("cpu", torch.float64)
+    found = found.detach().to("cpu", torch.float64)
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
     return found.contiguous()
@@ -142,6 +147,18 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[
     )
     fresh = [fresh_key(m) if s is None else key_of(m) for s, m in zip(given, made, strict=True)]
     return made, np.array(fresh, np.uint64)
+
+
+def _params(value: Any) -> tuple[SamplingParams, ...]:
+    """Settings of each row; what is something else is named before a cache or a kernel sees it."""
+    every = (value,) if isinstance(value, Mapping) or not isinstance(value, Iterable) else tuple(value)
+    for found in every:
+        if not isinstance(found, SamplingParams):
+            raise ConfigError(
+                f"params must be one SamplingParams or one a row; got {found!r}: "
+                "SamplingParams.parse reads a mapping"
+            )
+    return every
 
 
 def needs_of(need: Iterable[str]) -> tuple[str, ...]:
@@ -229,11 +246,15 @@ def sample(
         raise ShapeError(
             f"logits must be (rows, vocabulary) floats; got {tuple(logits.shape)} of {logits.dtype}"
         )
+    if logits.requires_grad:  # a choice has no gradient
+        logits = logits.detach()
+    if logits.is_neg():  # a view that is still to be negated: the kernels read memory
+        logits = logits.resolve_neg()
     rows, vocabulary = logits.shape
     if vocabulary > MAX_VOCABULARY:
         raise ShapeError(f"the vocabulary must be at most 2^20; got {vocabulary}")
     if not isinstance(params, SamplingParams):
-        params = tuple(params)
+        params = _params(params)
         if len(params) != rows:
             raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(params)}")
         if rows == 0:
@@ -253,7 +274,7 @@ def sample(
     draw = kernel.Draw(
         keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
     )
-    mask, start = mask_of(allowed_mask, rows, vocabulary), _state(state, rows)
+    mask, start = mask_of(allowed_mask, rows, vocabulary, logits.device), _state(state, rows)
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
     if policy == "raise" and (bad is None or bad > 0):

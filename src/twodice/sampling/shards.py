@@ -146,7 +146,8 @@ def shard_candidates(
         raise RequestError(
             f"the token ids of settings must be in [0, {vocabulary}); got {settings.highest_id}"
         )
-    past, mask = history_of(history, settings, rows, vocabulary), mask_of(allowed_mask, rows, vocabulary)
+    past = history_of(history, settings, rows, vocabulary)
+    mask = mask_of(allowed_mask, rows, vocabulary, torch.device("cpu"))
     where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
     raw = shard.to("cpu", torch.float64 if shard.dtype == torch.float64 else torch.float32)
     edited = _edited(raw, settings, past, mask, begin, vocabulary)
