@@ -14,7 +14,7 @@ from twodice.sampling.fields import FIELDS, bias, is_off, number, token_ids
 from twodice.sampling.profiles import ORDER, SWITCH, check_order, profile
 
 
-@dataclass(frozen=True, eq=True, kw_only=True)
+@dataclass(frozen=True, eq=True, kw_only=True, repr=False)
 class SamplingParams:
     """How a token is drawn from logits. ``SamplingParams()`` draws from the model's own distribution.
 
@@ -154,6 +154,11 @@ class SamplingParams:
             put(self, "order", check_order(self.order, self.stages))
         _refuse_contradictions(self)
         put(self, "_hash", self._hash_of())
+
+    def __repr__(self) -> str:
+        # What is set, of three dozen fields; it reads back as the same settings.
+        told = [f"{f.name}={v!r}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
+        return f"SamplingParams({', '.join(told)})"
 
     def _hash_of(self) -> int:
         return hash(tuple(getattr(self, f.name) for f in fields(self)))

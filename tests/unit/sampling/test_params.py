@@ -59,6 +59,12 @@ def test_the_hash_of_another_process_does_not_travel_with_pickle() -> None:
     assert here == SamplingParams(seed=7) and hash(here) == hash(SamplingParams(seed=7))
 
 
+def test_settings_print_as_what_is_set_and_read_back() -> None:
+    params = SamplingParams(temperature=0.7, top_k=5, min_p=0.0, banned_tokens=[3], profile=None)
+    assert repr(params) == "SamplingParams(temperature=0.7, top_k=5, min_p=0.0, banned_tokens=(3,))"
+    assert eval(repr(params)) == params and repr(SamplingParams()) == "SamplingParams()"
+
+
 def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'top_k'"):
         SamplingParams.parse({"topk": 5})
