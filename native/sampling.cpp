@@ -1,5 +1,5 @@
-// Token sampling: the threads over the rows, the choice of instruction set, the binding. The chain on one row is in
-// sampling_row.hpp; the readable twin in src/twodice/kernels/sampling_reference.py.
+// Token sampling: the threads over the rows, the choice of instruction set, the binding. The chain on one row is in the
+// files of sampling_level.hpp; the readable twin in src/twodice/kernels/sampling_reference.py.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "noise.hpp"
-#include "sampling_edit.hpp"
 #include "sampling_types.hpp"
 #include "threads.hpp"
 #include "vector16.hpp"
@@ -23,10 +22,10 @@ namespace {
 
 constexpr int64_t kBlock = 128;  // values a block maximum stands for
 constexpr int64_t kDrawn = 8;    // blocks whose noise is made in one go
+constexpr double kDryMost = 1e30;
 
 namespace portable {
-#include "sampling_vector.hpp"
-#include "sampling_row.hpp"
+#include "sampling_level.hpp"
 }
 
 #if TWODICE_X86
@@ -38,8 +37,7 @@ namespace portable {
 #endif
 #define TWODICE_LEVEL_AVX2 1
 namespace avx2 {
-#include "sampling_vector.hpp"
-#include "sampling_row.hpp"
+#include "sampling_level.hpp"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -55,8 +53,7 @@ namespace avx2 {
 #endif
 #define TWODICE_LEVEL_AVX512 1
 namespace avx512 {
-#include "sampling_vector.hpp"
-#include "sampling_row.hpp"
+#include "sampling_level.hpp"
 }
 #undef TWODICE_LEVEL_AVX512
 #undef TWODICE_LEVEL_AVX2
