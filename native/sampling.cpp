@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kBlock = 128;  // values a block maximum stands for
 constexpr int64_t kDrawn = 8;    // blocks whose noise is made in one go
+constexpr int64_t kAhead = 32;    // ids of a history whose places are fetched before they are needed
 constexpr double kDryMost = 1e30;
 
 namespace portable {
@@ -154,6 +155,24 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
     return nb::make_tuple(bad.load(), nb::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * 8));
 }
 
+// Whether a history is whole: offsets that rise from 0 to `count`, ids of the vocabulary, prompts no longer than their row
+// (prompts may be null). What is wrong, and how to say it, is the business of sampling/sample.py.
+bool history_fits(uintptr_t ids, int64_t count, uintptr_t offsets, uintptr_t prompts, int64_t rows, int64_t vocabulary) {
+    const int64_t *const id = at<const int64_t>(ids), *const offset = at<const int64_t>(offsets);
+    const int64_t* const prompt = at<const int64_t>(prompts);
+    // The highest bit is set where a number is negative, or one beyond its bound; unsigned, which may wrap.
+    uint64_t wrong = 0;
+    auto look = [&](int64_t value, int64_t most) {
+        wrong |= static_cast<uint64_t>(value) | (static_cast<uint64_t>(most) - static_cast<uint64_t>(value));
+    };
+    for (int64_t j = 0; j < count; ++j) look(id[j], vocabulary - 1);
+    for (int64_t i = 0; i < rows; ++i) {
+        look(offset[i], offset[i + 1]);
+        if (prompt) look(prompt[i], offset[i + 1] - offset[i]);
+    }
+    return wrong >> 63 == 0 && offset[0] == 0 && offset[rows] == count;
+}
+
 // ---- the parts of a draw, number by number, for the test that holds them against random/noise.py ---------------------
 
 // The 16 leading bits of the tokens first .. first + count - 1 (first a multiple of 8), by the instructions in force.
@@ -202,6 +221,7 @@ void weights_of(uintptr_t z, int64_t count, uintptr_t out) {
 
 void bind_sampling(nb::module_& m) {
     m.def("sample", &twodice::sample);
+    m.def("history_fits", &twodice::history_fits);
     m.def("leading16_run", &twodice::leading16_run);
     m.def("gumbel_draws", &twodice::gumbel_draws);
     m.def("gumbel_of_bits", &twodice::gumbel_of_bits);

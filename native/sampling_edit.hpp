@@ -45,41 +45,39 @@ class Edits {
         for (int64_t j = list.begin; j < list.end; ++j) drop(job_.ids[j]);
     }
 
-    // Repetition, presence and frequency in one walk over the ids of the history, each of which is edited once. No branch
-    // depends on the history: what has been said before cannot be predicted.
+    // Repetition, presence and frequency, each id of the history once. No branch depends on whether it has been said
+    // before: that cannot be predicted.
     void penalise() {
         const bool repeated = set_.penalty != 1.0f, counted = set_.presence != 0.0f || set_.frequency != 0.0f;
         if (!repeated && !counted) return;
         const int64_t begin = set_.penalty_range > 0 && set_.penalty_range < length_ ? length_ - set_.penalty_range : 0;
         const int64_t text = (set_.rules & kCountPrompt) || prompt_ < begin ? begin : prompt_;
         auto& ids = s_.distinct;
-        auto& seen = s_.seen;
-        auto& counts = s_.counts;
-        if (ids.size() < static_cast<size_t>(length_)) ids.resize(length_);
-        seen.resize(std::max<size_t>(seen.size(), (n_ + 63) / 64), 0);
-        counts.resize(std::max<size_t>(counts.size(), static_cast<size_t>(n_)), 0);
-        int64_t n = 0;
+        auto& told = s_.told;
+        auto& place = s_.numbers;  // of an id in `ids`, counted from 1
+        ids.resize(length_), told.assign(length_, 0);
+        place.resize(std::max<size_t>(place.size(), static_cast<size_t>(n_)), 0);
+        int32_t n = 0;
         for (int64_t j = repeated ? begin : text; j < length_; ++j) {
             const int64_t id = past_[j];
-            const uint64_t word = seen[id >> 6], bit = uint64_t{1} << (id & 63);
+            __builtin_prefetch(&place[past_[j + kAhead < length_ ? j + kAhead : j]], 1);
+            const int32_t found = place[id], fresh = found == 0, at = fresh ? n : found - 1;
             ids[n] = static_cast<int32_t>(id);
-            n += (word & bit) == 0;
-            seen[id >> 6] = word | bit;
+            n += fresh;
+            place[id] = at + 1;
+            told[at] += counted && j >= text;
         }
-        if (counted)
-            for (int64_t j = text; j < length_; ++j) ++counts[past_[j]];
+        ids.resize(n);
+        for (const int32_t id : ids) place[id] = 0;
         const F penalty = repeated ? static_cast<F>(set_.penalty) : F{1};
         const F presence = static_cast<F>(set_.presence), frequency = static_cast<F>(set_.frequency);
-        for (int64_t j = 0; j < n; ++j) {
-            const int32_t id = ids[j], count = counts[id];
-            into_.change_later(id, [&](F x) {
-                const F less = x / penalty, more = x * penalty, seldom = x > 0 ? less : more;
-                const F told = (seldom - static_cast<F>(count) * frequency) - presence;
-                return count > 0 ? told : seldom;
-            });
-            counts[id] = 0;
-            seen[id >> 6] = 0;
-        }
+        into_.change_later(ids, [&, count = told.data()](const F* before, F* after) {
+            for (int32_t j = 0; j < n; ++j) {
+                const F x = before[j], less = x / penalty, more = x * penalty, seldom = x > 0 ? less : more;
+                const F often = (seldom - static_cast<F>(count[j]) * frequency) - presence;
+                after[j] = count[j] > 0 ? often : seldom;
+            }
+        });
     }
 
     void ban_ngrams() {
@@ -121,7 +119,7 @@ class Edits {
         int64_t room = 0;  // tokens after the last breaker: no run is longer
         while (room < n && !breaks(past_[length_ - 1 - room])) ++room;
         if (room == 0) return;
-        auto& longest = s_.counts;
+        auto& longest = s_.numbers;
         longest.resize(std::max<size_t>(longest.size(), static_cast<size_t>(n_)), 0);
         const int64_t allowed = set_.dry_allowed < 1 ? 1 : set_.dry_allowed;
         repeats(n, [&](int64_t following, int64_t length) {

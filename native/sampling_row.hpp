@@ -46,24 +46,26 @@ class Row {
         bring(b, before, value);
     }
 
-    // The same where nobody reads the block before it is held; at most once for an id.
+    // Many ids, each once: fn(before, after) fills the values `after`. What nobody has read yet waits until somebody does.
     template <class Fn>
-    void change_later(int64_t id, Fn fn) {
-        const int64_t b = id / kBlock;
-        if (holds(b)) {
-            change(id, fn);
-            return;
+    void change_later(const std::vector<int32_t>& ids, Fn fn) {
+        auto& before = buffers().before;
+        auto& after = buffers().waiting;
+        auto& next = s_.next_waiting;
+        const size_t n = ids.size();
+        before.resize(n), after.resize(n), next.resize(n);
+        for (size_t j = 0; j < n; ++j) before[j] = value_of(static_cast<uint32_t>(ids[j]));
+        fn(before.data(), after.data());
+        for (size_t j = 0; j < n; ++j) {
+            const uint32_t id = static_cast<uint32_t>(ids[j]), b = id / static_cast<uint32_t>(kBlock);
+            if (holds(b)) {
+                values()[id] = after[j];
+            } else {
+                next[j] = s_.first_waiting[b];
+                s_.first_waiting[b] = static_cast<int32_t>(j);
+            }
+            bring(b, before[j], after[j]);
         }
-        F before;
-        if (as_it_lies_)
-            before = reinterpret_cast<const F*>(start_)[id];
-        else
-            widen<F>(in_, start_, id, 1, &before);
-        const F value = fn(before);
-        auto& waiting = buffers().waiting;
-        waiting.push_back({value, static_cast<int32_t>(id), s_.first_waiting[b]});
-        s_.first_waiting[b] = static_cast<int32_t>(waiting.size()) - 1;
-        bring(b, before, value);
     }
 
     // Bits are 1 where an id may stay; `words` has ceil(n / 32) of them.
@@ -170,7 +172,6 @@ class Row {
         if (edited_) {
             s_.stale.assign(block_count(), 0);
             s_.first_waiting.assign(block_count(), -1);
-            buffers().waiting.clear();
             Edits<F>(job_, set, s_, *this, row).run();
             if (set.allowed.begin < set.allowed.end)
                 only_ids(set.allowed);
@@ -204,6 +205,16 @@ class Row {
             s_.stale[b] = 1;
     }
 
+    F value_of(uint32_t id) const {
+        if (holds(id / static_cast<uint32_t>(kBlock))) return x_[id];
+        if (as_it_lies_) return reinterpret_cast<const F*>(start_)[id];
+        if (sizeof(F) == 4 && in_.type == kBfloat16)
+            return bits_of<float>(uint32_t{reinterpret_cast<const uint16_t*>(start_)[id]} << 16);
+        F value;
+        widen<F>(in_, start_, id, 1, &value);
+        return value;
+    }
+
     F block_maximum(int64_t b, bool joined, bool& bad) {
         const int64_t begin = b * kBlock, count = block_end(b) - begin;
         if (as_it_lies_) return block_max<F>(reinterpret_cast<const F*>(start_) + begin, count, bad);
@@ -229,8 +240,8 @@ class Row {
         widen<F>(in_, start_, begin, block_end(b) - begin, values() + begin);
         s_.held[b] = 1;
         if (!edited_) return;
-        const auto& waiting = buffers().waiting;
-        for (int32_t i = s_.first_waiting[b]; i >= 0; i = waiting[i].next) values()[waiting[i].id] = waiting[i].value;
+        for (int32_t j = s_.first_waiting[b]; j >= 0; j = s_.next_waiting[j])
+            values()[s_.distinct[j]] = buffers().waiting[j];
         s_.first_waiting[b] = -1;
     }
 

@@ -122,6 +122,26 @@ def native(
     return out, bad
 
 
+def history_fits(past: Past, vocabulary: int) -> bool:
+    """Whether offsets rise from 0 to the number of ids, ids are below `vocabulary`, prompts fit their rows."""
+    rows = len(past.offsets) - 1
+    if dispatch.native is not None:
+        fits: bool = dispatch.native.history_fits(
+            past.ids.data_ptr(),
+            len(past.ids),
+            past.offsets.data_ptr(),
+            _pointer(past.prompts),
+            rows,
+            vocabulary,
+        )
+        return fits
+    lengths = past.offsets.diff()
+    wrong = (past.ids < 0).any() | (past.ids >= vocabulary).any() | (lengths < 0).any()
+    if past.prompts is not None:
+        wrong |= ((past.prompts < 0) | (past.prompts > lengths)).any()
+    return not wrong and bool(past.offsets[0] == 0) and int(past.offsets[-1]) == len(past.ids)
+
+
 def choose(
     logits: Tensor,
     settings: Settings,
