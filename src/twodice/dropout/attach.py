@@ -33,7 +33,6 @@ from twodice.dropout.schedules import Constant, Schedule
 from twodice.dropout.sites import Inventory, OwnDropout, Place, find, has_fast_path, unwrap, walk
 from twodice.dropout.step import FORMULA, Snapshot, coordinate, site_key
 from twodice.errors import ConfigError, ContractError
-from twodice.random.thresholds import round_rate
 
 _NUMBERS = itertools.count(1)
 _STATES: weakref.WeakSet[State] = weakref.WeakSet()
@@ -335,21 +334,12 @@ def _snapshot(state: State, step: int, examples: Any, positions: Any, draw: int)
                 f"a step without examples is for one rank; there are {world}, which would all get the same "
                 f"masks; enter it with examples={FORMULA}"
             )
-    state.keys_of(draw)  # made here, where no compiler looks on
-    in_force: dict[Schedule, int] = {}
-    for site in state.sites:
-        if site.schedule not in in_force:
-            rate = site.schedule.rate(step, state.total_steps, state.losses)
-            in_force[site.schedule] = round_rate(rate)
-    thresholds = tuple(in_force[site.schedule] for site in state.sites)
-    return Snapshot(
+    return state.snapshot_of(
         step,
         draw,
+        lambda schedule: schedule.rate(step, state.total_steps, state.losses),
         examples if callable(examples) else coordinate(examples, "examples", (1, 2)),
         _positions(positions),
-        thresholds,
-        torch.tensor(thresholds, dtype=torch.int64),
-        torch.tensor(step),
     )
 
 

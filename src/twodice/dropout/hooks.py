@@ -22,16 +22,15 @@ from torch import nn
 from twodice.dropout.plan import DropoutPlan, Entry
 from twodice.dropout.schedules import Schedule
 from twodice.dropout.sites import Inventory, Place, first_tensor
-from twodice.dropout.step import Frame, Snapshot, draws_key, later_bits, open_frame, set_rows, site_key
+from twodice.dropout.step import Frame, Keys, Snapshot, open_frame, set_rows
 from twodice.errors import ContractError, ShapeError
 from twodice.kernels.dropout import dropout
 from twodice.kernels.noise import noisy
 from twodice.kernels.noise_form import UNIT, Noise
 from twodice.random.keys import Key
+from twodice.random.thresholds import round_rate
 
 _ABSENT = object()
-#: Where the keys of Monte Carlo draws are kept, beside those of the draws of a step (0 or more).
-MONTE_CARLO = -1
 _AXES = {"bc": 2, "btc": 3, "bhts": 4, "tbc": 3, "nc": 2, "bct": 3, "bchw": 4}
 
 
@@ -52,20 +51,22 @@ class Site:
         self.schedule = schedule
         self.noise = place.extra.get("noise", entry.form)
 
-    def enter(self, frame: Frame) -> tuple[int | torch.Tensor, int | torch.Tensor, Key]:
-        """Count a visit; return its threshold, the step and its key (tensors under the compiler)."""
+    def enter(
+        self, frame: Frame, *, whole: bool = False
+    ) -> tuple[int | torch.Tensor, int | torch.Tensor, Key | torch.Tensor]:
+        """Count a visit; return its threshold, the step and its key.
+
+        Under the compiler all are tensors, so that no rate, step or draw recompiles; but a `whole` key is one
+        from which others can be derived, and a constant of the graph.
+        """
         snapshot, index = frame.snapshot, self.index
         visit = frame.visits[index]
         frame.visits[index] = visit + 1
-        key = (
-            self.state.keys_of(snapshot.draw)[index]
-            if visit == 0
-            else self.state.later_key(index, snapshot.draw_text, visit)
-        )
         if torch.compiler.is_compiling():
-            # Tensors, so that a schedule never recompiles.
+            keys = snapshot.keys
+            key = keys.of(index, visit) if whole else keys.tensor_of(index, visit)
             return snapshot.rates[index], snapshot.step_tensor, key
-        return snapshot.thresholds[index], snapshot.step, key
+        return snapshot.thresholds[index], snapshot.step, snapshot.keys.of(index, visit)
 
     def drop(
         self,
@@ -165,7 +166,6 @@ class State:
         self.model_name = type(inventory.root).__name__
         self.plan = plan
         self.seed = seed
-        self.seed_text = str(seed)
         self.total_steps = total_steps
         self.name = name
         #: Sites that can drop, and all that the plan speaks of (a rate of 0 among them).
@@ -174,7 +174,7 @@ class State:
         self.spoken: set[str] = set()
         self.snapshot: Snapshot | None = None
         self.frame: Frame | None = None
-        self.keys: dict[int, tuple[Key, ...]] = {}
+        self._keys: dict[int, Keys] = {}
         #: Validation losses by rising step, for schedules that follow them.
         self.losses: list[tuple[int, float]] = []
         self.attached = True
@@ -188,23 +188,25 @@ class State:
         #: Called when a step begins.
         self.preparations: list[Callable[[], None]] = []
 
-    def keys_of(self, draw: int) -> tuple[Key, ...]:
-        """The keys of all sites at their first visit."""
-        if self.drawing:
-            draw = MONTE_CARLO
-        if draw not in self.keys:
-            self.keys[draw] = tuple(
-                draws_key(self.seed, site.key_name, 0)
-                if self.drawing
-                else site_key(self.seed, site.key_name, draw, 0)
-                for site in self.sites
-            )
-        return self.keys[draw]
-
-    def later_key(self, index: int, draw: str, visit: int) -> Key:
-        """The key of one site at a later visit of its (shared) module."""
-        name = self.sites[index].key_name
-        return Key(later_bits(self.seed_text, name, None if self.drawing else draw, visit))
+    def snapshot_of(
+        self,
+        step: int | torch.Tensor,
+        draw: int,
+        rates: Callable[[Schedule], float],
+        examples: Any,
+        positions: dict[str | None, torch.Tensor],
+    ) -> Snapshot:
+        """Return the snapshot of a step, with a rate for each schedule."""
+        in_force = {
+            schedule: round_rate(rates(schedule)) for schedule in {site.schedule for site in self.sites}
+        }
+        if draw not in self._keys:
+            self._keys[draw] = Keys(self.seed, draw, [site.key_name for site in self.sites])
+        thresholds = tuple(in_force[site.schedule] for site in self.sites)
+        return Snapshot(
+            step, self._keys[draw], examples, positions, thresholds,
+            torch.tensor(thresholds, dtype=torch.int64), torch.as_tensor(step),
+        )  # fmt: skip
 
     def lost(self, where: str) -> NoReturn:
         """Raise: a part of the model runs in train mode and no forward of the root is under way."""

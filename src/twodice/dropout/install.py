@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from twodice.dropout.adapters import AdapterForward, AdapterHook
 from twodice.dropout.attention import Attending, attend
-from twodice.dropout.fused import ExpertsForward, MultiheadForward, RecurrentForward, StandIn
+from twodice.dropout.experts import ExpertsForward
+from twodice.dropout.fused import MultiheadForward, RecurrentForward, StandIn
 from twodice.dropout.hooks import GuardHook, InputHook, OutputHook, Site, State
 from twodice.dropout.kinds import (
     ChannelSite,

@@ -30,6 +30,7 @@ from twodice.dropout.step import Frame
 from twodice.errors import ShapeError
 from twodice.kernels.noise_form import Noise
 from twodice.random.draws import lanes
+from twodice.random.keys import Key
 
 
 class TokenSite(Site):
@@ -228,6 +229,7 @@ class LayerForward:
             index = site.index
             visit = frame.visits[index]
             rate, step, key = site.enter(frame)
+            assert isinstance(key, Key)
             frame.visits[index] = visit
             if rate and is_dropped(int(rate), key.value, int(step)):
                 # What lies inside counts the visit too: a block that is visited again (ALBERT) has the masks
