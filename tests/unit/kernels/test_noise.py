@@ -151,9 +151,15 @@ def test_native_is_the_twin_for_given_coordinates_and_any_stride(text: str, twin
             args, options = (x, 9999, KEY, 5), {"noise": noise, "examples": examples, "positions": positions}
             assert torch.equal(noisy(*args, **options), twin(*args, **options))  # type: ignore[operator]
     weights, keys = ramp((2, 3, 4, 5)), torch.tensor([[900, 3, 4, 5, 2**22 - 1], [0, 1, 2, 3, 4]])
-    for options in ({"key_positions": keys}, {"key_positions": keys[:1]}):
-        args, options = (weights, 9999, KEY, 5), {"noise": noise, "layout": "bhts", **options}
-        assert torch.equal(noisy(*args, **options), twin(*args, **options))  # type: ignore[operator]
+    first, rows = torch.tensor([[900], [2**22 - 5]]), torch.tensor([5, 9])
+    for step in (5, rows):
+        for columns in (keys, keys[:1], first, first[:1]):
+            args, options = (weights, 9999, KEY, step), {"noise": noise, "layout": "bhts"}
+            ours = noisy(*args, key_positions=columns, **options)
+            assert torch.equal(ours, twin(*args, key_positions=columns, **options))  # type: ignore[operator]
+            if columns.shape[1] == 1:
+                every = columns + torch.arange(5)
+                assert torch.equal(ours, noisy(*args, key_positions=every, **options))
     image = ramp((2, 8, 6, 10))
     for x in (image.to(memory_format=torch.channels_last), image[:, :, ::2, ::3], image.transpose(2, 3)):
         args, options = (x, 9999, KEY, 5), {"noise": noise, "layout": "bchw"}
