@@ -73,7 +73,8 @@ class ExpertsForward:
         # Back into the order of the rows: a sum over k, which no order of threads changes, as index_add's is.
         place = torch.empty_like(order)
         place[order] = torch.arange(N * k, device=order.device)
-        return outer[place].unflatten(0, (N, k)).sum(1).to(hidden_states.dtype)
+        total: torch.Tensor = outer[place].unflatten(0, (N, k)).sum(1)
+        return total.to(hidden_states.dtype)
 
     def _inner(self, x: torch.Tensor, routed: _Routed) -> torch.Tensor:
         module = self.module

@@ -46,7 +46,8 @@ class Keys:
     def tensor_of(self, index: int, visit: int) -> torch.Tensor:
         """The same as a 0-dim int64 tensor, for a compiled graph."""
         if visit:
-            return later_key(self._draw_tensor, self._seed_text, self.sites[index], visit)
+            key: torch.Tensor = later_key(self._draw_tensor, self._seed_text, self.sites[index], visit)
+            return key
         return self._first_tensor[index]
 
 

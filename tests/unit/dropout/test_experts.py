@@ -11,7 +11,6 @@ from tests.support.tiny_models import gradients
 from torch import nn
 
 import twodice
-from twodice.kernels.noise_form import Noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:another model is attached")
 MADE = {"Mixtral": ZOO["Mixtral"], "DeepSeek-V3": ZOO["DeepSeek-V3"], "GPT-OSS": gpt_oss}
