@@ -84,7 +84,8 @@ def dropout(
     positions : int64 tensor (B, T) or (1, T), optional
         Position of each token, in [0, 2^32); default 0 .. T-1. Zeros lock the mask over positions.
     key_positions : int64 tensor (B, S) or (1, S), optional
-        Only for ``bhts``: position of each key, in [0, 2^23); default 0 .. S-1.
+        Only for ``bhts``: position of each key, in [0, 2^23); default 0 .. S-1. With (B, 1) or (1, 1) that of
+        the first, from which the others count on.
     layout : {"btc", "tbc", "bc", "nc", "bhts", "bct", "bchw"}
         What the axes of `x` mean: b example, t position, c feature, n example and position flattened, h head,
         s key. Of an image, ``bchw``, c is the channel and the position h * W + w.
