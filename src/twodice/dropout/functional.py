@@ -51,7 +51,7 @@ def dropout(
     x: torch.Tensor,
     p: float | torch.Tensor,
     *,
-    key: Key | int,
+    key: Key | int | torch.Tensor,
     step: int | torch.Tensor | Sequence[int],
     examples: torch.Tensor | Sequence[int] | None = None,
     positions: torch.Tensor | Sequence[int] | None = None,
@@ -70,9 +70,9 @@ def dropout(
         what it was rounded to. A float is a constant: in (0, 2^-17) or (1 - 2^-17, 1) it is an error. A
         tensor is a value on a schedule: it rounds, is not checked, and never makes ``torch.compile`` compile
         again.
-    key : Key or int
+    key : Key, int or 0-dim int64 tensor
         Names this place in the model: two places with one key drop the same units. An integer means
-        ``Key(integer)``.
+        ``Key(integer)``; in a tensor another one never makes ``torch.compile`` compile again.
     step : int, or int64 tensor () or (B,)
         The training step, in [0, 2^32). One number a row makes each row another draw: K Monte Carlo draws of
         a batch are ``x`` repeated K times with ``step=arange(K).repeat_interleave(B)`` and
@@ -157,7 +157,7 @@ def dropout_add(
     residual: torch.Tensor,
     p: float | torch.Tensor,
     *,
-    key: Key | int,
+    key: Key | int | torch.Tensor,
     step: int | torch.Tensor | Sequence[int],
     examples: torch.Tensor | Sequence[int] | None = None,
     positions: torch.Tensor | Sequence[int] | None = None,
