@@ -18,7 +18,7 @@ from tests.support.tiny_models import ALL_KINDS, FAMILIES, ROWS, gradients, loss
 from torch import nn
 
 import twodice
-from twodice.dropout.attach import Handle
+from twodice.dropout.handle import Handle
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}  # float32 sums of some thousand terms, added in another order
 

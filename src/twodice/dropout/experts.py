@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from twodice.dropout.fused import sleeps
-from twodice.dropout.hooks import Site, State
+from twodice.dropout.site import Site
+from twodice.dropout.state import State
 from twodice.dropout.step import Frame
 from twodice.errors import ConfigError
 from twodice.kernels.noise import noisy

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from twodice.dropout.hooks import Site, State
 from twodice.dropout.recurrent import recurrent_forward
+from twodice.dropout.site import Site
+from twodice.dropout.state import State
 from twodice.dropout.step import Frame
 from twodice.errors import ConfigError, ShapeError
 from twodice.kernels.attention import attention

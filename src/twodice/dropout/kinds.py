@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from twodice.dropout.hooks import Hook, Site, State
+from twodice.dropout.hooks import Hook
+from twodice.dropout.site import Site
+from twodice.dropout.state import State
 from twodice.dropout.step import Frame
 from twodice.errors import ShapeError
 from twodice.kernels.noise_form import Noise

@@ -19,7 +19,7 @@ from twodice.dropout.step import MONTE_CARLO
 from twodice.errors import ConfigError, ContractError, ShapeError
 
 if TYPE_CHECKING:
-    from twodice.dropout.hooks import State
+    from twodice.dropout.state import State
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import twodice
-from twodice.dropout.attach import Handle
+from twodice.dropout.handle import Handle
 from twodice.dropout.sites import find
 from twodice.errors import ConfigError, ContractError
 
