@@ -74,7 +74,7 @@ class Step:
         self.draw = draw
         #: For compiled code, which has one graph for draw 0, whose key is known, and one for all others.
         self.drawn = draw > 0
-        self.draw_tensor = torch.tensor(draw)
+        self.draw_tensor = torch.tensor(draw, device="cpu")
         #: As a tensor, too: compiled code takes it from there, and is not compiled anew for each step.
         try:
             self.step_tensor = torch.as_tensor(step).clone()
@@ -100,12 +100,13 @@ class Step:
 @torch.library.custom_op("twodice::draw_key", mutates_args=())
 def _draw_key(draw: torch.Tensor, seed: str) -> torch.Tensor:
     """The key of a draw, hashed when the graph runs; the seed as text, for an integer there has 63 bits."""
-    return torch.tensor(Key(int(seed)).child("draw", int(draw)).value, dtype=torch.uint64).view(torch.int64)
+    bits = Key(int(seed)).child("draw", int(draw)).value
+    return torch.tensor(bits, dtype=torch.uint64, device="cpu").view(torch.int64)
 
 
 @_draw_key.register_fake
 def _(draw: torch.Tensor, seed: str) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 class _Keyed(nn.Module):

@@ -36,7 +36,7 @@ class Keys:
         self.sites = tuple(sites)
         self.first = tuple(site_key(seed, site, draw, 0) for site in sites)
         self._seed_text = str(seed)  # compiled code cannot take an integer of 64 bits
-        self._draw_tensor = torch.tensor(draw)
+        self._draw_tensor = torch.tensor(draw, device="cpu")
         self._first_tensor = _as_signed([key.value for key in self.first])
 
     def of(self, index: int, visit: int) -> Key:
@@ -214,7 +214,7 @@ def site_key(seed: int, site: str, draw: int, visit: int) -> Key:
 
 
 def _as_signed(bits: int | list[int]) -> torch.Tensor:
-    return torch.tensor(bits, dtype=torch.uint64).view(torch.int64)
+    return torch.tensor(bits, dtype=torch.uint64, device="cpu").view(torch.int64)
 
 
 @torch.library.custom_op("twodice::later_key", mutates_args=())
@@ -228,4 +228,4 @@ def later_key(draw: torch.Tensor, seed: str, site: str, visit: int) -> torch.Ten
 
 @later_key.register_fake
 def _(draw: torch.Tensor, seed: str, site: str, visit: int) -> torch.Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import twodice
 from twodice.dropout.handle import Handle
 from twodice.dropout.sites import find
+from twodice.dropout.step import MONTE_CARLO, Keys, later_key
 from twodice.errors import ConfigError, ContractError
 
 pytestmark = pytest.mark.filterwarnings("ignore:another model is attached")
@@ -505,6 +506,26 @@ def test_draws_are_one_compiled_graph(name: str) -> None:
     assert (beliefs[0].mutual_information > 0).any()
     assert len(graphs) == 2  # that of eval
     torch._dynamo.reset()
+
+
+def test_keys_in_tensors_are_the_keys() -> None:
+    """The contract's derivation, for all 64 bits, at later visits and for Monte Carlo too."""
+    sites = [f"layers.{i}#residual" for i in range(8)]
+    for seed, draw in ((7, 0), (2**64 - 1, 2**32 - 1), (7, MONTE_CARLO)):
+        names = ("monte-carlo",) if draw == MONTE_CARLO else ("dropout",)
+        own = () if draw == MONTE_CARLO else (draw,)
+        keys = Keys(seed, draw, sites)
+        large = 0
+        for index, site in enumerate(sites):
+            for visit in (0, 1, 5):
+                key = twodice.Key(seed).child(*names, site, *own, visit)
+                assert keys.of(index, visit) == key
+                assert int(keys.tensor_of(index, visit)) % 2**64 == key.value
+                large += key.value >= 2**63
+        assert 0 < large < 24
+    torch.library.opcheck(
+        later_key, (torch.tensor(3), "7", "a#residual", 2), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_the_dropout_of_an_adapter_keeps_no_copy_of_the_dropped_input() -> None:

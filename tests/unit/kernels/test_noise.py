@@ -196,6 +196,11 @@ def test_nothing_of_the_size_of_the_input_is_kept() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
             noisy(x, 6554, 7, 3, noise=Noise.parse(text), examples=torch.tensor([5, 6]))
         assert sum(t.numel() for t in saved) <= 2
+        saved.clear()
+        first = torch.tensor([[7], [39]])  # columns that count on from the first are not kept one by one
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            noisy(x[:, None], 6554, 7, 3, noise=Noise.parse(text), key_positions=first, layout="bhts")
+        assert sum(t.numel() for t in saved) <= 2
 
 
 def test_steps_and_thresholds_changed_before_the_backward_pass_do_no_harm() -> None:
