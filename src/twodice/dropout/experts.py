@@ -71,7 +71,7 @@ class ExpertsForward:
         routed = _Routed(order, order // k, experts, ends)
         inner = self._dropped(frame, self._inner(hidden_states[routed.rows], routed), routed, N)
         outer = self._product(inner, "down_proj", routed) * top_k_weights.reshape(-1)[order][:, None]
-        # Back into the order of the rows: a sum over k, which no order of threads changes, as index_add's is.
+        # Back into the order of the rows and summed over k: on a GPU index_add would sum in any order.
         place = torch.empty_like(order)
         place[order] = torch.arange(N * k, device=order.device)
         total: torch.Tensor = outer[place].unflatten(0, (N, k)).sum(1)
@@ -112,12 +112,12 @@ class ExpertsForward:
         weight, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
         turned = getattr(module, "is_transposed", False)
         chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
-        if chosen == "batched_mm":
-            each = None if bias is None else bias[experts]
-            return self._batched(x, weight[experts], each, is_transposed=turned)  # type: ignore[no-any-return]
         if chosen in ("eager", None) and not torch.compiler.is_compiling():
             return _one_by_one(x, weight, bias, routed.ends, turned)
         each = None if bias is None else bias[experts]
+        if chosen == "batched_mm":
+            return self._batched(x, weight[experts], each, is_transposed=turned)  # type: ignore[no-any-return]
+        # Also for a kernel that shows nothing between the two products.
         return self._grouped(x, weight, routed.ends, each, is_transposed=turned)  # type: ignore[no-any-return]
 
 
