@@ -37,7 +37,7 @@ void copy(const Four& from, int64_t* to) { std::tie(to[0], to[1], to[2], to[3]) 
 // Returns false, and writes nothing, where a coordinate is out of bounds: the caller finds and names it.
 bool dropout(uintptr_t x, uintptr_t y, uintptr_t residual, int code, Four shape, Four x_stride, Four y_stride,
              Four residual_stride, uintptr_t example, Two example_stride, uintptr_t position, Two position_stride,
-             uintptr_t column, Two column_stride, uint64_t key, uint32_t step, int threshold, int threads,
+             uintptr_t column, Two column_stride, bool follow, uint64_t key, uint32_t step, int threshold, int threads,
              int64_t stream_from) {
     Call call;
     call.x = reinterpret_cast<const char*>(x);
@@ -55,12 +55,13 @@ bool dropout(uintptr_t x, uintptr_t y, uintptr_t residual, int code, Four shape,
     copy(example_stride, call.example_stride);
     copy(position_stride, call.position_stride);
     copy(column_stride, call.column_stride);
+    call.follow = call.column && follow;
     constexpr int64_t kWord = int64_t{1} << 32;
     if (!within(call.example, call.example_stride, call.B, call.T, kWord) ||
         !within(call.position, call.position_stride, call.B, call.T, kWord) ||
-        !within(call.column, call.column_stride, call.B, call.C, int64_t{1} << 23))
+        !within(call.column, call.column_stride, call.B, call.C, (int64_t{1} << 23) - (follow ? call.C - 1 : 0)))
         return false;
-    if (call.column) {
+    if (call.column && !call.follow) {
         for (int64_t b = 0; b < call.B; ++b) {
             const int64_t* values = call.column + b * call.column_stride[0];
             int64_t low = values[0], high = values[0];
@@ -79,7 +80,7 @@ bool dropout(uintptr_t x, uintptr_t y, uintptr_t residual, int code, Four shape,
     call.dense = unit_stride(call.x_stride) && unit_stride(call.y_stride) &&
                  (!residual || unit_stride(call.residual_stride));
     call.stream = total >= stream_from;
-    call.block = call.column ? call.C : kBlock;
+    call.block = call.column && !call.follow ? call.C : kBlock;
     call.blocks = (call.C + call.block - 1) / call.block;
     call.run.set_key(key);
     const int64_t units = rows * call.blocks;

@@ -85,6 +85,7 @@ struct Call {
     int64_t x_stride[4], y_stride[4], residual_stride[4];  // in elements, for B, H, T, C
     const int64_t *example, *position, *column;            // null: 0 .. B-1, 0 .. T-1, 0 .. C-1
     int64_t example_stride[2], position_stride[2], column_stride[2];
+    bool follow;  // of each row the first column is given, and the others count on from it
     uint32_t step;
     Rate rate;
     bool dense, stream;
@@ -113,6 +114,11 @@ TWODICE_INLINE void set_row(const Call& call, const Place& at, Run& run) {
     const int64_t position =
         call.position ? call.position[at.b * call.position_stride[0] + at.t * call.position_stride[1]] : at.t;
     run.set_row(static_cast<uint32_t>(position), static_cast<uint32_t>(example), call.step);
+}
+
+// The column of the first element, where the columns are consecutive.
+TWODICE_INLINE int64_t first_column(const Call& call, const Place& at) {
+    return call.follow ? call.column[at.b * call.column_stride[0]] + at.first : at.first;
 }
 
 TWODICE_INLINE int64_t offset(const int64_t* stride, const Place& at) {
@@ -437,8 +443,9 @@ struct Neon {
             const T* x = xs + offset(call.x_stride, at);                                                               \
             const T* r = Add ? rs + offset(call.residual_stride, at) : x;                                              \
             T* y = ys + offset(call.y_stride, at);                                                                     \
-            if (call.dense && !call.column) {                                                                          \
-                const uint32_t c0 = head | static_cast<uint32_t>(at.first / 8);                                        \
+            const int64_t start = first_column(call, at);                                                              \
+            if (call.dense && (!call.column || call.follow) && start % 8 == 0) {                                       \
+                const uint32_t c0 = head | static_cast<uint32_t>(start / 8);                                           \
                 const int64_t n = at.last - at.first;                                                                  \
                 x += at.first, r += at.first, y += at.first;                                                           \
                 if (call.stream && reinterpret_cast<uintptr_t>(y) % 64 == 0)                                           \
@@ -481,12 +488,13 @@ struct Neon {
 // Lanes of the columns [at.first, at.last), wherever the columns stand; the vectors are scratch that lives for a chunk.
 const uint16_t* row_lanes(const Call& call, const Place& at, const Run& run, uint32_t head,
                           std::vector<uint16_t>& lanes, std::vector<uint16_t>& chosen) {
-    int64_t low = at.first, high = at.last - 1;
-    if (call.column) std::tie(low, high) = call.ranges[static_cast<size_t>(at.b)];
+    int64_t low = first_column(call, at), high = low + (at.last - at.first) - 1;
+    const bool gathered = call.column && !call.follow;
+    if (gathered) std::tie(low, high) = call.ranges[static_cast<size_t>(at.b)];
     const int64_t first = low / 8, counters = high / 8 - first + 1;
     lanes.resize(static_cast<size_t>(counters) * 8);
     fill_lanes(run, head | static_cast<uint32_t>(first), static_cast<size_t>(counters), lanes.data());
-    if (!call.column) return lanes.data() + (low - first * 8);
+    if (!gathered) return lanes.data() + (low - first * 8);
     chosen.resize(static_cast<size_t>(at.last - at.first));
     const int64_t* column = call.column + at.b * call.column_stride[0];
     for (int64_t i = at.first; i < at.last; ++i)

@@ -107,6 +107,7 @@ struct Call {
     int64_t x_stride[4], y_stride[4];                      // in elements, for B, H, T, C
     const int64_t *example, *position, *column, *step;     // null: 0 .. B-1, 0 .. T-1, 0 .. C-1; a step is always there
     int64_t example_stride[2], position_stride[2], column_stride[2], step_stride;
+    bool follow;  // of each row the first column is given, and the others count on from it
     int64_t block;
     double s;
     Run run;
@@ -122,7 +123,7 @@ void multipliers(const Call& call, int64_t b, uint32_t head, const Run& run, std
         int64_t held = -1;
         double z[4] = {};
         for (int64_t i = 0; i < call.C; ++i) {
-            const int64_t at = column[i * call.column_stride[1]] / call.block;
+            const int64_t at = (call.follow ? column[0] + i : column[i * call.column_stride[1]]) / call.block;
             if (at / 4 != held) {
                 held = at / 4;
                 normals(run, head | static_cast<uint32_t>(held), 1, z);
@@ -195,7 +196,7 @@ void copy(const Four& from, int64_t* to) { std::tie(to[0], to[1], to[2], to[3]) 
 // Returns false, and writes nothing, where a coordinate is out of bounds: the caller finds and names it.
 bool gaussian(uintptr_t x, uintptr_t y, bool is_double, Four shape, Four x_stride, Four y_stride, uintptr_t example,
               Two example_stride, uintptr_t position, Two position_stride, uintptr_t column, Two column_stride,
-              uintptr_t step, int64_t step_stride, uint64_t key, double s, int64_t block, int threads) {
+              bool follow, uintptr_t step, int64_t step_stride, uint64_t key, double s, int64_t block, int threads) {
     Call call;
     call.x = reinterpret_cast<const char*>(x);
     call.y = reinterpret_cast<char*>(y);
@@ -212,11 +213,13 @@ bool gaussian(uintptr_t x, uintptr_t y, bool is_double, Four shape, Four x_strid
     copy(position_stride, call.position_stride);
     copy(column_stride, call.column_stride);
     call.step_stride = step_stride;
+    call.follow = call.column && follow;
     constexpr uint64_t kWord = uint64_t{1} << 32;
     const int64_t steps[2] = {step_stride, 0};
     if (!within(call.example, call.example_stride, call.B, call.T, kWord) ||
         !within(call.position, call.position_stride, call.B, call.T, kWord) ||
-        !within(call.column, call.column_stride, call.B, call.C, uint64_t{1} << (block == 1 ? 22 : 23)) ||
+        !within(call.column, call.column_stride, call.B, call.C,
+                (uint64_t{1} << (block == 1 ? 22 : 23)) - static_cast<uint64_t>(follow ? call.C - 1 : 0)) ||
         !within(call.step, steps, call.B, 1, kWord))
         return false;
     call.block = block;

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twodice import nn as nn
-    from twodice.dropout.attach import Handle as Handle
     from twodice.dropout.attach import attach as attach
     from twodice.dropout.attend import attention as attention
     from twodice.dropout.functional import dropout as dropout
     from twodice.dropout.functional import dropout_add as dropout_add
+    from twodice.dropout.handle import Handle as Handle
     from twodice.dropout.maxnorm import max_norm_ as max_norm_
     from twodice.dropout.plan import DropoutPlan as DropoutPlan
     from twodice.dropout.rdrop import r_drop_loss as r_drop_loss
@@ -36,7 +36,7 @@ _HOMES = {
     "DropoutCallback": "twodice.dropout.trainer_callback",
     "DropoutPlan": "twodice.dropout.plan",
     "Explanation": "twodice.sampling.explain",
-    "Handle": "twodice.dropout.attach",
+    "Handle": "twodice.dropout.handle",
     "Key": "twodice.random.keys",
     "SamplingParams": "twodice.sampling.params",
     "TwodiceError": "twodice.errors",

@@ -41,14 +41,14 @@ class Step:
         Position of each token, in [0, 2^32); default 0 .. T-1. Modules of layout ``bc``, which has no
         positions, take no notice.
     draw : int
-        Which draw of masks within the step, at least 0 (neutral): another number drops other units at every
-        module. A module that is called twice in one forward drops the same units twice, unless it is given
-        another draw.
+        Which draw of masks within the step, in [0, 2^63); 0 is neutral. Another number drops other units at
+        every module. A module that is called twice in one forward drops the same units twice, unless it is
+        given another draw.
 
     Raises
     ------
     ConfigError
-        If the draw is no integer of at least 0, or the step no number. A step outside its range is an error
+        If the draw is no such integer, or the step no number. A step outside its range is an error
         of the module that is called with it.
 
     Examples
@@ -59,7 +59,7 @@ class Step:
     tensor([[[2., 2., 0., 0., 0., 2., 0., 2.]]])
     """
 
-    __slots__ = ("draw", "examples", "name", "positions", "step", "step_tensor")
+    __slots__ = ("draw", "draw_tensor", "drawn", "examples", "positions", "step", "step_tensor")
 
     def __init__(
         self,
@@ -69,10 +69,12 @@ class Step:
         positions: torch.Tensor | Sequence[Sequence[int]] | None = None,
         draw: int = 0,
     ) -> None:
-        if isinstance(draw, bool) or not isinstance(draw, int) or draw < 0:
-            raise ConfigError(f"a draw must be an integer of at least 0; got {draw!r}")
+        if isinstance(draw, bool) or not isinstance(draw, int) or not 0 <= draw < 2**63:
+            raise ConfigError(f"a draw must be an integer in [0, 2^63); got {draw!r}")
         self.draw = draw
-        self.name = str(draw)
+        #: For compiled code, which has one graph for draw 0, whose key is known, and one for all others.
+        self.drawn = draw > 0
+        self.draw_tensor = torch.tensor(draw, device="cpu")
         #: As a tensor, too: compiled code takes it from there, and is not compiled anew for each step.
         try:
             self.step_tensor = torch.as_tensor(step).clone()
@@ -85,7 +87,7 @@ class Step:
         self.positions = None if positions is None else torch.as_tensor(positions).clone()
 
     def again(self, draw: int) -> Step:
-        """Return the same step with another draw (0 or more), for a second pass or a second visit of a
+        """Return the same step with another draw, for a second pass or a second visit of a
         module.
         """
         return Step(self.step, examples=self.examples, positions=self.positions, draw=draw)
@@ -95,13 +97,16 @@ class Step:
         return f"Step({self.step!r}, {', '.join(given)})"
 
 
-@torch.compiler.assume_constant_result
-def _drawn(seed: str, draw: str) -> int:
-    """The key of a draw. Hashing is work of the host: compiled code takes the result as given.
+@torch.library.custom_op("twodice::draw_key", mutates_args=())
+def _draw_key(draw: torch.Tensor, seed: str) -> torch.Tensor:
+    """The key of a draw, hashed when the graph runs; the seed as text, for an integer there has 63 bits."""
+    bits = Key(int(seed)).child("draw", int(draw)).value
+    return torch.tensor(bits, dtype=torch.uint64, device="cpu").view(torch.int64)
 
-    Texts, as compiled code may turn an integer that changed into an unknown one.
-    """
-    return Key(int(seed)).child("draw", int(draw)).seed
+
+@_draw_key.register_fake
+def _(draw: torch.Tensor, seed: str) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 class _Keyed(nn.Module):
@@ -127,7 +132,7 @@ class _Keyed(nn.Module):
         self.layout = layout
         self.noise = Noise.parse(noise)
 
-    def _at(self, at: Step | None) -> tuple[int, int | torch.Tensor, Step]:
+    def _at(self, at: Step | None) -> tuple[Key | torch.Tensor, int | torch.Tensor, Step]:
         """The key, the step and what else the masks of a call are a function of."""
         if not isinstance(at, Step):
             call = "x, residual" if isinstance(self, DropoutAdd) else "x"
@@ -136,8 +141,12 @@ class _Keyed(nn.Module):
                 f"function; got {'none' if at is None else repr(at)}; write layer({call}, "
                 "twodice.nn.Step(step, examples=...)), or call eval()"
             )
-        key = self.key.seed if at.name == "0" else _drawn(str(self.key.seed), at.name)
-        return key, at.step_tensor if torch.compiler.is_compiling() else at.step, at
+        compiling = torch.compiler.is_compiling()
+        key: Key | torch.Tensor = self.key
+        if at.drawn:
+            own = self.key
+            key = _draw_key(at.draw_tensor, str(own.seed)) if compiling else own.child("draw", at.draw)
+        return key, at.step_tensor if compiling else at.step, at
 
     def _positions(self, at: Step) -> torch.Tensor | None:
         return None if self.layout == "bc" else at.positions

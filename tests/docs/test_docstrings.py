@@ -12,8 +12,8 @@ import pytest
 
 import twodice
 import twodice.nn
-from twodice.dropout.attach import Handle
 from twodice.dropout.functional import dropout
+from twodice.dropout.handle import Handle
 
 MODULES = sorted(
     module.name

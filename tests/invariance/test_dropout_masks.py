@@ -18,7 +18,7 @@ from tests.support.tiny_models import ALL_KINDS, FAMILIES, ROWS, gradients, loss
 from torch import nn
 
 import twodice
-from twodice.dropout.attach import Handle
+from twodice.dropout.handle import Handle
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}  # float32 sums of some thousand terms, added in another order
 
@@ -142,8 +142,8 @@ def test_recomputation_with_other_masks_would_be_seen() -> None:
             with handle.step(3, examples=range(4)):
                 loss = loss_of(model, tokens(4))
                 if broken:
-                    frames = [handle._state.keys]
-                    frames[0][0] = tuple(key.child("other") for key in frames[0][0])
+                    keys = handle._state.snapshot.keys  # type: ignore[union-attr]
+                    keys.first = tuple(key.child("other") for key in keys.first)
                 loss.backward()
             found.append(gradients(model))
     assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])

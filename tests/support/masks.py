@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from twodice.dropout import attention, hooks
+from twodice.dropout import attention, site
 from twodice.kernels.noise import kept
 
 
@@ -21,12 +21,12 @@ def masks_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[torch
     """
     seen: dict[str, list[torch.Tensor]] = {}
     names: list[str] = []
-    true_dropout, true_noisy, true_attention = hooks.dropout, hooks.noisy, attention.attention
-    enter = hooks.Site.enter
+    true_dropout, true_noisy, true_attention = site.dropout, site.noisy, attention.attention
+    enter = site.Site.enter
 
-    def entered(self: hooks.Site, frame: Any) -> Any:
+    def entered(self: site.Site, frame: Any, **how: Any) -> Any:
         names.append(self.name)
-        return enter(self, frame)
+        return enter(self, frame, **how)
 
     def spied(true: Any) -> Any:
         def spy(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -52,8 +52,8 @@ def masks_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[torch
         return true_attention(query, key, value, threshold, site_key, step, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hooks.Site, "enter", entered)
-        patch.setattr(hooks, "dropout", spied(true_dropout))
-        patch.setattr(hooks, "noisy", spied(true_noisy))
+        patch.setattr(site.Site, "enter", entered)
+        patch.setattr(site, "dropout", spied(true_dropout))
+        patch.setattr(site, "noisy", spied(true_noisy))
         patch.setattr(attention, "attention", attending)
         yield seen

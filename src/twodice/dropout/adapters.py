@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from twodice.dropout.hooks import OutputHook, Site, State
+from twodice.dropout.hooks import OutputHook
+from twodice.dropout.site import Site
+from twodice.dropout.state import State
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 

@@ -72,7 +72,7 @@ def attention(
         ``"keys"`` of `key`.
     examples, positions, key_positions
         As in `dropout` with layout ``bhts``: slots (B,) or (B, T) in the global batch, positions (B, T) of
-        the queries and (B, S) of the keys.
+        the queries and (B, S) of the keys, or (B, 1) of the first, from which the others count on.
 
     Returns
     -------

@@ -21,7 +21,8 @@ from twodice.errors import ConfigError, ContractError
 from twodice.kernels.attention import attention
 
 if TYPE_CHECKING:
-    from twodice.dropout.hooks import Site, State
+    from twodice.dropout.site import Site
+    from twodice.dropout.state import State
     from twodice.dropout.step import Frame
 
 #: Arguments that ask for weights, or change them, in a way that is not served.

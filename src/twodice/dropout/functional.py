@@ -51,7 +51,7 @@ def dropout(
     x: torch.Tensor,
     p: float | torch.Tensor,
     *,
-    key: Key | int,
+    key: Key | int | torch.Tensor,
     step: int | torch.Tensor | Sequence[int],
     examples: torch.Tensor | Sequence[int] | None = None,
     positions: torch.Tensor | Sequence[int] | None = None,
@@ -70,9 +70,9 @@ def dropout(
         what it was rounded to. A float is a constant: in (0, 2^-17) or (1 - 2^-17, 1) it is an error. A
         tensor is a value on a schedule: it rounds, is not checked, and never makes ``torch.compile`` compile
         again.
-    key : Key or int
+    key : Key, int or 0-dim int64 tensor
         Names this place in the model: two places with one key drop the same units. An integer means
-        ``Key(integer)``.
+        ``Key(integer)``; in a tensor another one never makes ``torch.compile`` compile again.
     step : int, or int64 tensor () or (B,)
         The training step, in [0, 2^32). One number a row makes each row another draw: K Monte Carlo draws of
         a batch are ``x`` repeated K times with ``step=arange(K).repeat_interleave(B)`` and
@@ -84,7 +84,8 @@ def dropout(
     positions : int64 tensor (B, T) or (1, T), optional
         Position of each token, in [0, 2^32); default 0 .. T-1. Zeros lock the mask over positions.
     key_positions : int64 tensor (B, S) or (1, S), optional
-        Only for ``bhts``: position of each key, in [0, 2^23); default 0 .. S-1.
+        Only for ``bhts``: position of each key, in [0, 2^23); default 0 .. S-1. With (B, 1) or (1, 1) that of
+        the first, from which the others count on.
     layout : {"btc", "tbc", "bc", "nc", "bhts", "bct", "bchw"}
         What the axes of `x` mean: b example, t position, c feature, n example and position flattened, h head,
         s key. Of an image, ``bchw``, c is the channel and the position h * W + w.
@@ -156,7 +157,7 @@ def dropout_add(
     residual: torch.Tensor,
     p: float | torch.Tensor,
     *,
-    key: Key | int,
+    key: Key | int | torch.Tensor,
     step: int | torch.Tensor | Sequence[int],
     examples: torch.Tensor | Sequence[int] | None = None,
     positions: torch.Tensor | Sequence[int] | None = None,

@@ -1,10 +1,10 @@
 """Stand-ins for the forward of modules that hide their tensors, in force while a step runs.
 
-`nn.MultiheadAttention`, `nn.LSTM` and its kin, and the stacked experts of a mixture compute inside one call
-what other modules show between two; here the same is computed with the sites' masks in its place. Outside a
-step, in eval, and at rate 0 the module's own forward runs. Knows frame and site, not the plan.
+`nn.MultiheadAttention` and `nn.LSTM` and its kin compute inside one call what other modules show between two;
+here the same is computed with the sites' masks in its place. Outside a step, in eval, and at rate 0 the
+module's own forward runs. Knows frame and site, not the plan.
 
-Letters: B rows, T queries, S keys, C width, H heads, N rows of a flattened batch, E experts.
+Letters: B rows, T queries, S keys, C width, H heads.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from twodice.dropout.hooks import Site, State
 from twodice.dropout.recurrent import recurrent_forward
+from twodice.dropout.site import Site
+from twodice.dropout.state import State
 from twodice.dropout.step import Frame
 from twodice.errors import ConfigError, ShapeError
 from twodice.kernels.attention import attention
-from twodice.kernels.noise import noisy
 from twodice.kernels.noise_form import Noise
+from twodice.random.keys import Key
 
 
-def _sleeps(state: State, module: nn.Module, sites: list[Site]) -> bool:
+def sleeps(state: State, module: nn.Module, sites: list[Site]) -> bool:
     """Whether the module's own forward is to run; a visit is counted where a step is on."""
     if not (module.training or state.drawing):
         return True
@@ -54,13 +55,14 @@ class RecurrentForward(StandIn):
 
     def __call__(self, input: Any, hx: Any = None) -> Any:
         """As the module's own forward."""
-        if _sleeps(self.state, self.module, list(self.sites.values())):
+        if sleeps(self.state, self.module, list(self.sites.values())):
             return self.forward(input, hx)
         frame = self.state.frame
         assert frame is not None
         between, weights, step = None, {}, frame.snapshot.step
         for name, site in self.sites.items():
-            rate, step, key = site.enter(frame)
+            rate, step, key = site.enter(frame, whole=True)
+            assert isinstance(key, Key)
             if name == "between":
                 between = rate, key, site.noise
             else:
@@ -91,7 +93,7 @@ class MultiheadForward(StandIn):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `torch.nn.MultiheadAttention.forward`."""
         module = self.module
-        if _sleeps(self.state, module, list(self.sites.values())):
+        if sleeps(self.state, module, list(self.sites.values())):
             return self.forward(  # type: ignore[no-any-return]
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -172,74 +174,3 @@ class MultiheadForward(StandIn):
             "drop_keys": numbers["key"][0], "keys_key": numbers["key"][1],
         }  # fmt: skip
         return [*numbers["attention"], step], rest
-
-
-class ExpertsForward:
-    """The forward of stacked experts with a site at the input of their last product.
-
-    A routed row keeps its example and position; column j of expert e is ``e * width + j``. The experts run
-    one after the other, as in the module's own loop.
-    """
-
-    def __init__(self, state: State, site: Site, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self.state = state
-        self.site = site
-        self.module: Any = module
-        self.forward = forward
-        for name in ("has_post_expert_norm", "_is_expert_parallel"):
-            if getattr(module, name, False):
-                raise ConfigError(f"experts with {name} are not served at {site.name!r}; leave it out")
-
-    def __call__(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """(N, C) rows, (N, k) experts and their weights -> (N, C)."""
-        module, site = self.module, self.site
-        if _sleeps(self.state, module, [site]):
-            return self.forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
-        frame = self.state.frame
-        assert frame is not None
-        N = hidden_states.shape[0]
-        if frame.rows is None or N % frame.rows:
-            site.misfit(frame, hidden_states)
-        T = N // frame.rows
-        device = hidden_states.device
-        rows, times = torch.arange(N, device=device) // T, torch.arange(N, device=device) % T
-        examples = rows if frame.examples is None else frame.examples.to(device)
-        if frame.examples is not None:
-            examples = examples.reshape(-1) if examples.dim() == 2 else examples[rows]
-        positions = frame.positions.get(site.stack)
-        if positions is not None:
-            times = positions.to(device).expand(frame.rows, T).reshape(-1)
-        rate, step, key = site.enter(frame)
-        of_rows = isinstance(step, torch.Tensor) and step.dim() > 0
-        total = torch.zeros_like(hidden_states)
-        for expert in torch.unique(top_k_index).tolist():
-            if not 0 <= expert < module.num_experts:
-                continue
-            row, place = torch.where(top_k_index == expert)
-            inner = self._inner(hidden_states[row], expert)
-            columns = torch.arange(inner.shape[1], device=device) + expert * inner.shape[1]
-            inner = noisy(
-                inner[:, None, None, :], rate, key, step[rows[row]] if of_rows else step,  # type: ignore[index]
-                noise=site.noise, examples=examples[row],
-                positions=times[row, None], key_positions=columns[None], layout="bhts",
-            )[:, 0, 0]  # fmt: skip
-            outer = self._outer(inner, expert) * top_k_weights[row, place, None]
-            total = total.index_add(0, row, outer.to(total.dtype))
-        return total
-
-    def _linear(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
-        weight = getattr(self.module, name)[expert]
-        bias = getattr(self.module, f"{name}_bias", None)
-        weight = weight.t() if getattr(self.module, "is_transposed", False) else weight
-        return functional.linear(x, weight, None if bias is None else bias[expert])
-
-    def _inner(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        module = self.module
-        if not getattr(module, "has_gate", True):
-            return module.act_fn(self._linear(x, "up_proj", expert))  # type: ignore[no-any-return]
-        return module._apply_gate(self._linear(x, "gate_up_proj", expert))  # type: ignore[no-any-return]
-
-    def _outer(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return self._linear(x, "down_proj", expert)

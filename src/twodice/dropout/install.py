@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from twodice.dropout.adapters import AdapterForward, AdapterHook
 from twodice.dropout.attention import Attending, attend
-from twodice.dropout.fused import ExpertsForward, MultiheadForward, RecurrentForward, StandIn
-from twodice.dropout.hooks import GuardHook, InputHook, OutputHook, Site, State
+from twodice.dropout.experts import ExpertsForward
+from twodice.dropout.fused import MultiheadForward, RecurrentForward, StandIn
+from twodice.dropout.hooks import GuardHook, InputHook, OutputHook
 from twodice.dropout.kinds import (
     ChannelSite,
     HeadSite,
@@ -29,7 +30,9 @@ from twodice.dropout.kinds import (
 )
 from twodice.dropout.plan import Entry
 from twodice.dropout.schedules import Schedule
+from twodice.dropout.site import Site
 from twodice.dropout.sites import Place
+from twodice.dropout.state import State
 from twodice.errors import ConfigError
 
 

@@ -25,11 +25,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from twodice.dropout.hooks import Hook, Site, State
+from twodice.dropout.hooks import Hook
+from twodice.dropout.site import Site
+from twodice.dropout.state import State
 from twodice.dropout.step import Frame
 from twodice.errors import ShapeError
 from twodice.kernels.noise_form import Noise
 from twodice.random.draws import lanes
+from twodice.random.keys import Key
 
 
 class TokenSite(Site):
@@ -228,6 +231,7 @@ class LayerForward:
             index = site.index
             visit = frame.visits[index]
             rate, step, key = site.enter(frame)
+            assert isinstance(key, Key)
             frame.visits[index] = visit
             if rate and is_dropped(int(rate), key.value, int(step)):
                 # What lies inside counts the visit too: a block that is visited again (ALBERT) has the masks

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twodice.dropout.step import Snapshot
+from twodice.dropout.step import MONTE_CARLO
 from twodice.errors import ConfigError, ContractError, ShapeError
-from twodice.random.thresholds import round_rate
 
 if TYPE_CHECKING:
-    from twodice.dropout.hooks import State
+    from twodice.dropout.state import State
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +123,8 @@ def _forward(state: State, model: nn.Module, batch: Any, rows: int, first: int, 
     step: int | torch.Tensor = first
     if count > 1:
         step = torch.arange(first, first + count).repeat_interleave(rows)
-    thresholds = tuple(round_rate(site.schedule.peak) for site in state.sites)
     examples = torch.zeros(count * rows, dtype=torch.int64)
-    snapshot = Snapshot(
-        step, 0, examples, {}, thresholds,
-        torch.tensor(thresholds, dtype=torch.int64), torch.as_tensor(step),
-    )  # fmt: skip
+    snapshot = state.snapshot_of(step, MONTE_CARLO, lambda schedule: schedule.peak, examples, {})
     state.switch_on()
     state.snapshot = snapshot
     try:

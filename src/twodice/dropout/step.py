@@ -9,7 +9,7 @@ Letters: B rows, T positions, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,36 @@ from twodice.errors import ConfigError, ContractError, ShapeError
 from twodice.random.keys import Key
 
 FORMULA = "(micro * world + rank) * rows + arange(rows)"
+#: The draw of Monte Carlo, beside those of a step (0 or more).
+MONTE_CARLO = -1
+
+
+class Keys:
+    """The keys of all sites of one attachment, for one draw of masks.
+
+    As integers for eager code, and as tensors for a compiled graph: a key that was a constant there would
+    compile anew for each draw.
+    """
+
+    def __init__(self, seed: int, draw: int, sites: Sequence[str]) -> None:
+        self.seed = seed
+        self.draw = draw
+        self.sites = tuple(sites)
+        self.first = tuple(site_key(seed, site, draw, 0) for site in sites)
+        self._seed_text = str(seed)  # compiled code cannot take an integer of 64 bits
+        self._draw_tensor = torch.tensor(draw, device="cpu")
+        self._first_tensor = _as_signed([key.value for key in self.first])
+
+    def of(self, index: int, visit: int) -> Key:
+        """The key of a site at a visit of its (shared) module."""
+        return site_key(self.seed, self.sites[index], self.draw, visit) if visit else self.first[index]
+
+    def tensor_of(self, index: int, visit: int) -> torch.Tensor:
+        """The same as a 0-dim int64 tensor, for a compiled graph."""
+        if visit:
+            key: torch.Tensor = later_key(self._draw_tensor, self._seed_text, self.sites[index], visit)
+            return key
+        return self._first_tensor[index]
 
 
 @dataclass(eq=False)
@@ -28,9 +58,11 @@ class Snapshot:
 
     Attributes
     ----------
-    step, draw : int
-        The step in [0, 2^32), and which draw of masks within it. For Monte Carlo, where many draws run in one
-        pass, an int64 tensor (B,): the number of the draw of each row.
+    step : int
+        In [0, 2^32). For Monte Carlo, where many draws run in one pass, an int64 tensor (B,): the number of
+        the draw of each row.
+    keys : Keys
+        Which draw of masks within the step, and the keys that follow.
     examples : int64 tensor (B,) or (B, T), callable or None
         Slots in the global batch; a callable makes them from the number of rows of a forward.
     positions : dict
@@ -42,21 +74,16 @@ class Snapshot:
         The same thresholds as a tensor: a compiled graph takes them from here.
     step_tensor : int64 tensor ()
         The step, for a compiled graph.
-    draw_text : str
-        The draw as text: compiled code may turn an integer that changed into an unknown one.
     """
 
     step: int | torch.Tensor
-    draw: int
+    keys: Keys
     examples: torch.Tensor | Callable[[int], Any] | None
     positions: dict[str | None, torch.Tensor]
     thresholds: tuple[int, ...]
     rates: torch.Tensor
     step_tensor: torch.Tensor
     forwards: int = 0
-
-    def __post_init__(self) -> None:
-        self.draw_text = str(self.draw)
 
 
 def coordinate(values: Any, name: str, dimensions: tuple[int, ...]) -> torch.Tensor | None:
@@ -177,22 +204,28 @@ def set_rows(frame: Frame, rows: int) -> None:
 
 
 def site_key(seed: int, site: str, draw: int, visit: int) -> Key:
-    """Return the key of a site: ``Key(seed).child("dropout", site, draw, visit)``."""
+    """Return the key of a site: ``Key(seed).child("dropout", site, draw, visit)``.
+
+    Of the draw `MONTE_CARLO` it is ``Key(seed).child("monte-carlo", site, visit)``.
+    """
+    if draw == MONTE_CARLO:
+        return Key(seed).child("monte-carlo", site, visit)
     return Key(seed).child("dropout", site, draw, visit)
 
 
-def draws_key(seed: int, site: str, visit: int) -> Key:
-    """Return the key of a site in Monte Carlo: ``Key(seed).child("monte-carlo", site, visit)``."""
-    return Key(seed).child("monte-carlo", site, visit)
+def _as_signed(bits: int | list[int]) -> torch.Tensor:
+    return torch.tensor(bits, dtype=torch.uint64, device="cpu").view(torch.int64)
 
 
-@torch.compiler.assume_constant_result
-def later_bits(seed: str, site: str, draw: str | None, visit: int) -> int:
-    """The bits of a site's key at a later visit of its module; ``draw=None`` means Monte Carlo.
+@torch.library.custom_op("twodice::later_key", mutates_args=())
+def later_key(draw: torch.Tensor, seed: str, site: str, visit: int) -> torch.Tensor:
+    """The key of a site at a later visit of its module, hashed when the graph runs.
 
-    How often a module will be visited only its forward tells, so that this is called inside it. Hashing is
-    work of the host: compiled code takes the result as given, and the graph stays whole.
+    How often a module will be visited only its forward tells, so that no step can bring these keys along.
     """
-    if draw is None:
-        return draws_key(int(seed), site, visit).seed
-    return site_key(int(seed), site, int(draw), visit).seed
+    return _as_signed(site_key(int(seed), site, int(draw), visit).value)
+
+
+@later_key.register_fake
+def _(draw: torch.Tensor, seed: str, site: str, visit: int) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from twodice.dropout.attach import Handle, attach
+from twodice.dropout.attach import attach
+from twodice.dropout.handle import Handle
 from twodice.dropout.plan import DropoutPlan
 from twodice.errors import ConfigError, ContractError
 

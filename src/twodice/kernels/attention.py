@@ -32,7 +32,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     threshold: int | torch.Tensor,
-    site_key: Key | int,
+    site_key: Key | int | torch.Tensor,
     step: int | torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -45,7 +45,7 @@ def attention(
     positions: torch.Tensor | None = None,
     key_positions: torch.Tensor | None = None,
     drop_keys: int | torch.Tensor = 0,
-    keys_key: Key | int | None = None,
+    keys_key: Key | int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return attention of `query` to `key` and `value`, with weights dropped.
 
@@ -56,7 +56,8 @@ def attention(
         N divides H: head h of the queries reads key head ``h // (H / N)``.
     threshold : int or 0-dim int64 tensor
         In [0, 65536]: 65536 times the rate of dropping a weight.
-    site_key : Key or int
+    site_key : Key, int or 0-dim int64 tensor
+        A tensor in compiled code, so that another draw of masks never recompiles.
     step : int, or int64 tensor, 0-dim or (B,)
         In [0, 2^32); one for all rows, or one a row.
     bias : tensor broadcastable to (B, H, T, S), optional
@@ -77,7 +78,7 @@ def attention(
     drop_keys : int or 0-dim int64 tensor
         The threshold of DropKey: a key is hidden from a query, with no scale; a row that would lose all its
         keys keeps all.
-    keys_key : Key or int, optional
+    keys_key : Key, int or 0-dim int64 tensor, optional
         The key of DropKey; needed where `drop_keys` is not 0.
 
     Returns
@@ -123,9 +124,9 @@ def attention(
         0 if window is None else int(window),
         0.0 if softcap is None else float(softcap),
         threshold,
-        site_key.seed if isinstance(site_key, Key) else key_bits(site_key),
+        _bits(site_key),
         drop_keys,
-        0 if keys_key is None else keys_key.seed if isinstance(keys_key, Key) else key_bits(keys_key),
+        0 if keys_key is None else _bits(keys_key),
     )
     if compiling:
         return through_operation(
@@ -140,6 +141,13 @@ def attention(
             query, key, value, bias, sinks, steps, where.example, where.position, where.column, rule
         )
     return forward(query, key, value, bias, sinks, steps, where, rule)[0]
+
+
+def _bits(key: Key | int | torch.Tensor) -> Any:
+    """The 64 bits of a key; a tensor stays one on the way to the registered operation."""
+    if isinstance(key, torch.Tensor) and torch.compiler.is_compiling():
+        return key
+    return key.seed if isinstance(key, Key) else key_bits(key)  # type: ignore[arg-type]
 
 
 def _check(

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from twodice.errors import ConfigError, ContractError, ShapeError
 from twodice.kernels import dispatch, team
-from twodice.kernels.dropout_layout import LAYOUTS, coordinates, sizes, spread, strides
+from twodice.kernels.dropout_layout import LAYOUTS, coordinates, follow, sizes, spread, strides
 from twodice.kernels.dropout_reference import dropout_reference
 from twodice.random.draws import BOUNDS, ONE, check_bound, check_bounds
 from twodice.random.keys import Key, key_bits
@@ -42,7 +42,7 @@ _many_at_once = torch._C._functorch.is_legacy_batchedtensor
 def dropout(
     x: torch.Tensor,
     threshold: int | torch.Tensor,
-    key: Key | int,
+    key: Key | int | torch.Tensor,
     step: int | torch.Tensor,
     *,
     examples: torch.Tensor | None = None,
@@ -60,8 +60,8 @@ def dropout(
         float32, float64, bfloat16 or float16, with the axes that `layout` names.
     threshold : int or 0-dim int64 tensor
         In [0, 65536]: 65536 times the rate. A tensor, so that a schedule never recompiles.
-    key : Key or int
-        The site's key.
+    key : Key, int or 0-dim int64 tensor
+        The site's key. A tensor, so that another draw of masks never recompiles.
     step : int or 0-dim int64 tensor
         In [0, 2^32).
     examples : int64 tensor (B,) or (B, T), optional
@@ -71,7 +71,8 @@ def dropout(
         Position of each token; default 0 .. T-1. For ``nc`` it must be given, as (N,) or as what flattens to
         it.
     key_positions : int64 tensor (B, S) or (1, S), optional
-        Only for ``bhts``: the column of each key is its position; default 0 .. S-1.
+        Only for ``bhts``: the column of each key is its position; default 0 .. S-1. With (B, 1) or (1, 1) it
+        is that of the first, and the others follow.
     layout : {"btc", "tbc", "bc", "nc", "bhts", "bct", "bchw"}
         What the axes mean; ``bc`` has position 0, ``bchw`` position h * W + w, ``bhts`` head h.
     residual : tensor, optional
@@ -99,13 +100,13 @@ def dropout(
     as then all elements with one set of coordinates have one mask, it demands mapped coordinates or
     ``randomness="same"``.
     """
-    bits = key.seed if isinstance(key, Key) else key_bits(key)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         if out is not None:
             raise ContractError("out= serves eager calls only; leave it out in compiled code")
         return _through_operation(
-            x, threshold, bits, step, examples, positions, key_positions, layout, residual
+            x, threshold, key, step, examples, positions, key_positions, layout, residual
         )
+    bits = key.seed if isinstance(key, Key) else key_bits(key)  # type: ignore[arg-type]
     if _transforms_active() or forward_ad._current_level >= 0:
         if out is not None:
             raise ContractError(
@@ -411,6 +412,7 @@ def _native_forward(
         position[1],
         column[0],
         column[1],
+        follow(key_positions),
         key,
         step,
         threshold,
@@ -498,17 +500,24 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 _operation.register_autograd(_gradient, setup_context=_keep)
 
 
-def _scalar(value: int | torch.Tensor) -> torch.Tensor:
+def scalar(value: int | torch.Tensor) -> torch.Tensor:
     """An integer of 64 bits, signed or not, as the 0-dim tensor that a compiled graph takes."""
     if isinstance(value, torch.Tensor):
         return value
     return torch.full((), value - (1 << 64) if value >= _SIGN else value, dtype=torch.int64)
 
 
+def scalar_key(key: Key | int | torch.Tensor) -> torch.Tensor:
+    """A key as the 0-dim tensor that a compiled graph takes."""
+    if isinstance(key, torch.Tensor):
+        return key
+    return scalar(key.seed if isinstance(key, Key) else key_bits(key))
+
+
 def _through_operation(
     x: torch.Tensor,
     threshold: int | torch.Tensor,
-    key: int,
+    key: Key | int | torch.Tensor,
     step: int | torch.Tensor,
     examples: torch.Tensor | None,
     positions: torch.Tensor | None,
@@ -524,9 +533,9 @@ def _through_operation(
     y: torch.Tensor = _operation(
         x,
         residual,
-        _scalar(threshold),
-        _scalar(key),
-        _scalar(step),
+        scalar(threshold),
+        scalar_key(key),
+        scalar(step),
         examples,
         positions,
         key_positions,

@@ -118,17 +118,26 @@ def spread(
         return values[:, None]
     if (
         len(shape) == 2
-        and shape[1] == columns
+        and (shape[1] == columns or (name == "key_positions" and follow(values)))
         and (shape[0] == rows or (shape[0] == 1 and name != "examples"))
     ):
         return values
     wanted = (
-        "(B,) or (B, T)" if name == "examples" else "(B, T) or (1, T)" if name == "positions" else "(B, S)"
+        "(B,) or (B, T)"
+        if name == "examples"
+        else "(B, T) or (1, T)"
+        if name == "positions"
+        else "(B, 1) or (B, S)"
     )
     raise ShapeError(
         f"{name} must be {wanted} with B = {rows} and {wanted[-2]} = {columns} for x of shape "
         f"{tuple(x.shape)} in layout {layout!r}; got {shape}"
     )
+
+
+def follow(key_positions: torch.Tensor | None) -> bool:
+    """Whether the first column of each row is given, (B, 1), from which the others count on."""
+    return key_positions is not None and key_positions.dim() == 2 and key_positions.shape[1] == 1
 
 
 def coordinates(
@@ -162,4 +171,6 @@ def coordinates(
     column = None
     if key_positions is not None:
         column = spread("key_positions", key_positions, x, layout, B, C).to(device)[:, None, None, :]
+        if follow(key_positions):
+            column = column + torch.arange(C, device=device)
     return Coordinates((B, H, T, C), example[:, None, :], position[:, None, :], column)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from twodice.errors import ShapeError
-from twodice.kernels.dropout_layout import coordinates, sizes, spread, strides
+from twodice.kernels.dropout_layout import coordinates, follow, sizes, spread, strides
 from twodice.kernels.philox_triton import (
     INTERPRETED,
     dropped_groups,
@@ -84,6 +84,7 @@ def dropout_triton(
             *to_y,
             ROWS=rows_in_tile,
             COLUMNS=columns_in_tile,
+            FOLLOW=follow(key_positions),
             BY_BITS=INTERPRETED,
             LONG=B * H * T + rows_in_tile >= 1 << 31,
             # The product is rounded before the sum: a fused multiply-add would give other bits.
@@ -131,6 +132,8 @@ def _given(
     for name, values in told:
         if values is not None and values.is_cpu:
             check_bounds(name, values)
+            if name == "column" and follow(values):
+                check_bounds(name, values + (C - 1))
     return [_NOTHING if values is None else _strided(values, x.device) for values in found]
 
 
@@ -170,7 +173,8 @@ def _kernel(
     xb, xh, xt, xc,
     rb, rh, rt, rc,
     yb, yh, yt, yc,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LONG: tl.constexpr, BY_BITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FOLLOW: tl.constexpr, LONG: tl.constexpr,
+    BY_BITS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(C, COLUMNS)
     program = tl.program_id(0)
@@ -204,6 +208,8 @@ def _kernel(
         place = tl.load(
             columns + (b.to(tl.int64) * column_b)[:, None, None] + column * column_s, mask=inside, other=0
         )
+        if FOLLOW:
+            place = place + column
         lane = lane_each(
             place.to(tl.uint32),
             head[:, None, None],

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from twodice.errors import ConfigError, ContractError, ShapeError
 from twodice.kernels import dispatch
 from twodice.kernels import dropout as bernoulli
-from twodice.kernels.dropout_layout import Coordinates, coordinates, sizes, spread, strides
+from twodice.kernels.dropout_layout import Coordinates, coordinates, follow, sizes, spread, strides
 from twodice.kernels.noise_form import UNIT, Noise
 from twodice.kernels.noise_reference import deviation, noise_reference
 from twodice.random.draws import ONE, check_bound, check_bounds
@@ -38,7 +38,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def noisy(
     x: torch.Tensor,
     threshold: int | torch.Tensor,
-    key: Key | int,
+    key: Key | int | torch.Tensor,
     step: int | torch.Tensor,
     *,
     noise: Noise = UNIT,
@@ -55,7 +55,7 @@ def noisy(
         float32, float64, bfloat16 or float16, with the axes that `layout` names.
     threshold : int or 0-dim int64 tensor
         In [0, 65536]: 65536 times the rate; for Gaussian noise below 65536. 0 is neutral.
-    key : Key or int
+    key : Key, int or 0-dim int64 tensor
         The site's key. Gaussian noise draws from its ``child("gaussian")``.
     step : int, or int64 tensor () or (B,)
         In [0, 2^32). With (B,) each row has a step of its own: the number of a Monte Carlo draw.
@@ -89,14 +89,14 @@ def noisy(
             x, threshold, key, step,
             examples=examples, positions=positions, key_positions=key_positions, layout=layout,
         )  # fmt: skip
-    bits = key.seed if isinstance(key, Key) else key_bits(key)
     if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         sizes(x, layout)
         y: torch.Tensor = _operation(
-            x, bernoulli._scalar(threshold), bernoulli._scalar(bits), bernoulli._scalar(step),
+            x, bernoulli.scalar(threshold), bernoulli.scalar_key(key), bernoulli.scalar(step),
             examples, positions, key_positions, layout, noise.form, noise.locked, noise.block,
         )  # fmt: skip
         return y
+    bits = key.seed if isinstance(key, Key) else key_bits(key)  # type: ignore[arg-type]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _transformed(x, threshold, bits, step, examples, positions, key_positions, layout, noise)
     if x.is_cpu:
@@ -293,6 +293,8 @@ def _by_dropout(
     example: torch.Tensor | None
     position: torch.Tensor | None
     column: torch.Tensor | None = None
+    if noise.block == 1 and follow(key_positions):
+        column, key_positions = key_positions, None
     if layout == "nc" or key_positions is not None:
         where = coordinates(x, layout, examples, positions, key_positions)
         if x.is_cpu:
@@ -416,7 +418,8 @@ def _native_gaussian(
         position = zero.data_ptr(), (0, 0)
     served = _native(
         x.data_ptr(), y.data_ptr(), x.dtype == torch.float64, shape, out_of, into,
-        *example, *position, *column, steps.data_ptr(), steps.stride(0) if steps.numel() > 1 else 0,
+        *example, *position, *column, follow(key_positions),
+        steps.data_ptr(), steps.stride(0) if steps.numel() > 1 else 0,
         key, float(deviation(threshold)), noise.block, torch.get_num_threads(),
     )  # fmt: skip
     if not served:

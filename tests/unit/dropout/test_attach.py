@@ -25,10 +25,10 @@ KINDS = ("embedding", "attention", "residual", "residual.attention", "residual.m
 
 @pytest.fixture(autouse=True)
 def nothing_stays_attached() -> Iterator[None]:
-    from twodice.dropout import attach as module
+    from twodice.dropout import handle as module
 
     yield
-    for state in list(module._STATES):
+    for state in list(module.STATES):
         state.attached = False
 
 

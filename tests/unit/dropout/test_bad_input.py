@@ -12,7 +12,7 @@ from tests.support.tiny_models import loss_of, tiny_model, tokens
 from torch import nn
 
 import twodice
-from twodice.dropout.attach import Handle
+from twodice.dropout.handle import Handle
 from twodice.errors import ConfigError, ContractError, ShapeError, TwodiceError
 
 FORMULA = "examples=(micro * world + rank) * rows + arange(rows)"

@@ -14,8 +14,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import twodice
-from twodice.dropout.attach import Handle
+from twodice.dropout.handle import Handle
 from twodice.dropout.sites import find
+from twodice.dropout.step import MONTE_CARLO, Keys, later_key
 from twodice.errors import ConfigError, ContractError
 
 pytestmark = pytest.mark.filterwarnings("ignore:another model is attached")
@@ -463,6 +464,68 @@ def test_a_schedule_of_a_hundred_rates_is_one_compiled_graph(name: str) -> None:
     assert len(losses) > 95
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["Llama", "ALBERT", pytest.param("nn.Transformer", marks=pytest.mark.slow)])
+def test_draws_are_one_compiled_graph(name: str) -> None:
+    """A second pass of a step (R-Drop) and the draws of Monte Carlo: keys are tensors, those of later visits
+    too.
+    """
+    shapes = {"Llama": {"num_hidden_layers": 1}, "ALBERT": {"num_hidden_layers": 2}}
+    model, batch = ZOO[name](**shapes.get(name, {}))
+    plan = {
+        "embedding": 0.1, "attention": 0.2, "key": 0.2, "residual": 0.2, "head": 0.2, "layer": 0.2,
+        "activation:gaussian": 0.3, "weight": 0.1,
+    }  # fmt: skip
+    there = find(model).kinds
+    there = {kind: rate for kind, rate in plan.items() if kind.partition(":")[0] in there}
+    handle = twodice.attach(model, there, seed=5)
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(model, backend=counting, fullgraph=True)
+    losses = set()
+    for draw in (0, 1, 2, 7, 2**32 - 1):
+        found = []
+        for called in (model, run):
+            with handle.step(3, draw=draw), torch.no_grad():
+                found.append(loss_in(called, batch).item())  # type: ignore[arg-type]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+        losses.add(found[0])
+    assert len(losses) == 5
+    assert len(graphs) == 1
+    beliefs = [
+        handle.monte_carlo(called, batch, 4, logits=lambda result: result["logits"])  # type: ignore[arg-type]
+        for called in (model, run)
+    ]
+    torch.testing.assert_close(beliefs[1].mean, beliefs[0].mean, rtol=1e-4, atol=1e-6)
+    assert (beliefs[0].mutual_information > 0).any()
+    assert len(graphs) == 2  # that of eval
+    torch._dynamo.reset()
+
+
+def test_keys_in_tensors_are_the_keys() -> None:
+    """The contract's derivation, for all 64 bits, at later visits and for Monte Carlo too."""
+    sites = [f"layers.{i}#residual" for i in range(8)]
+    for seed, draw in ((7, 0), (2**64 - 1, 2**32 - 1), (7, MONTE_CARLO)):
+        names = ("monte-carlo",) if draw == MONTE_CARLO else ("dropout",)
+        own = () if draw == MONTE_CARLO else (draw,)
+        keys = Keys(seed, draw, sites)
+        large = 0
+        for index, site in enumerate(sites):
+            for visit in (0, 1, 5):
+                key = twodice.Key(seed).child(*names, site, *own, visit)
+                assert keys.of(index, visit) == key
+                assert int(keys.tensor_of(index, visit)) % 2**64 == key.value
+                large += key.value >= 2**63
+        assert 0 < large < 24
+    torch.library.opcheck(
+        later_key, (torch.tensor(3), "7", "a#residual", 2), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_the_dropout_of_an_adapter_keeps_no_copy_of_the_dropped_input() -> None:

@@ -64,8 +64,9 @@ def test_a_rate_a_noise_or_a_draw_that_cannot_be_meant_is_an_error() -> None:
     for wrong in ({"p": 1.2}, {"p": 0.1, "noise": "features"}, {"p": 0.1, "key": "x"}):
         with pytest.raises(ConfigError):
             twodice.nn.Dropout(**{"key": 7, **wrong})
-    with pytest.raises(ConfigError, match="at least 0"):
-        twodice.nn.Step(1, draw=-1)
+    for wrong in (-1, 2**63, True):
+        with pytest.raises(ConfigError, match="a draw must be"):
+            twodice.nn.Step(1, draw=wrong)
 
 
 def test_another_draw_drops_other_units_and_draw_0_is_the_key_itself() -> None:
@@ -115,8 +116,10 @@ def test_compiled_code_has_the_bits_of_eager_in_one_graph() -> None:
         at = twodice.nn.Step(step, examples=SLOTS)
         assert torch.equal(run(X, at), net(X, at))
     assert graphs == 1
-    at = twodice.nn.Step(3, examples=SLOTS, draw=2)
-    assert torch.equal(run(X, at), net(X, at)) and graphs == 2
+    for draw in (2, 3, 2**40):
+        at = twodice.nn.Step(3, examples=SLOTS, draw=draw)
+        assert torch.equal(run(X, at), net(X, at))
+    assert graphs == 2  # one for all other draws
 
 
 def test_nothing_is_in_the_state_and_a_copy_drops_the_same() -> None:

@@ -120,7 +120,9 @@ def test_columns_of_attention_are_the_positions_of_the_keys() -> None:
     x = values((2, 3, 4, 37))
     mixed = torch.stack((torch.arange(37).flip(0), torch.arange(37) * 7919 % 2**23))
     mixed[1, 5] = 2**23 - 1
-    for columns in (mixed, mixed[:1], mixed.to(torch.int32), torch.arange(5, 42)[None]):
+    first = torch.tensor([[13], [2**23 - 37]])
+    some = mixed, mixed[:1], mixed.to(torch.int32), torch.arange(5, 42)[None], first, first[:1]
+    for columns in some:
         options = {"layout": "bhts", "key_positions": columns, "residual": x * 2}
         assert same_bits(ours(x, 30000, 8, 9, **options), reference(x, 30000, 8, 9, **options))
 

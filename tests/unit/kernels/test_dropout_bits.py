@@ -149,10 +149,31 @@ def test_columns_of_attention_are_the_positions_of_the_keys(
         assert torch.equal(part, whole[..., start : start + 37])
     mixed = torch.stack((torch.arange(37).flip(0), torch.arange(37) * 7919 % 2**23))
     mixed[1, 5] = 2**23 - 1
-    for columns in (mixed, mixed[:1], mixed.to(torch.int32)):
+    same = torch.tensor([[5], [8]]).expand(2, 37)
+    for columns in (mixed, mixed[:1], mixed.to(torch.int32), same):
         options = {"layout": "bhts", "key_positions": columns, "residual": x * 2}
         ours = kernel.dropout(x, 30000, 8, 9, **options)
         assert same_bits(ours, reference(monkeypatch, x, 30000, 8, 9, **options))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_columns_follow_where_of_each_row_the_first_is_given(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.set_simd(level)
+    for S in (1, 37, 128, 20_000):
+        x = values((3, 2, 2, S), dtype)
+        for first in (torch.tensor([[0], [13], [2**23 - S]]), torch.tensor([[40]]), torch.tensor([[3]])):
+            options = {"layout": "bhts", "residual": x * 2}
+            ours = kernel.dropout(x, 30000, 8, 9, key_positions=first, **options)
+            all_of_them = first + torch.arange(S)
+            assert same_bits(ours, kernel.dropout(x, 30000, 8, 9, key_positions=all_of_them, **options))
+        assert same_bits(ours, reference(monkeypatch, x, 30000, 8, 9, key_positions=first, **options))
+        if S > 1:
+            for bad in (-1, 2**23 - S + 1):
+                with pytest.raises(ConfigError, match="column must be in"):
+                    kernel.dropout(x, 30000, 8, 9, layout="bhts", key_positions=torch.tensor([[bad]]))
 
 
 @pytest.mark.parametrize("level", LEVELS)

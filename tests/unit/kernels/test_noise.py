@@ -151,9 +151,15 @@ def test_native_is_the_twin_for_given_coordinates_and_any_stride(text: str, twin
             args, options = (x, 9999, KEY, 5), {"noise": noise, "examples": examples, "positions": positions}
             assert torch.equal(noisy(*args, **options), twin(*args, **options))  # type: ignore[operator]
     weights, keys = ramp((2, 3, 4, 5)), torch.tensor([[900, 3, 4, 5, 2**22 - 1], [0, 1, 2, 3, 4]])
-    for options in ({"key_positions": keys}, {"key_positions": keys[:1]}):
-        args, options = (weights, 9999, KEY, 5), {"noise": noise, "layout": "bhts", **options}
-        assert torch.equal(noisy(*args, **options), twin(*args, **options))  # type: ignore[operator]
+    first, rows = torch.tensor([[900], [2**22 - 5]]), torch.tensor([5, 9])
+    for step in (5, rows):
+        for columns in (keys, keys[:1], first, first[:1]):
+            args, options = (weights, 9999, KEY, step), {"noise": noise, "layout": "bhts"}
+            ours = noisy(*args, key_positions=columns, **options)
+            assert torch.equal(ours, twin(*args, key_positions=columns, **options))  # type: ignore[operator]
+            if columns.shape[1] == 1:
+                every = columns + torch.arange(5)
+                assert torch.equal(ours, noisy(*args, key_positions=every, **options))
     image = ramp((2, 8, 6, 10))
     for x in (image.to(memory_format=torch.channels_last), image[:, :, ::2, ::3], image.transpose(2, 3)):
         args, options = (x, 9999, KEY, 5), {"noise": noise, "layout": "bchw"}
@@ -189,6 +195,11 @@ def test_nothing_of_the_size_of_the_input_is_kept() -> None:
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
             noisy(x, 6554, 7, 3, noise=Noise.parse(text), examples=torch.tensor([5, 6]))
+        assert sum(t.numel() for t in saved) <= 2
+        saved.clear()
+        first = torch.tensor([[7], [39]])  # columns that count on from the first are not kept one by one
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            noisy(x[:, None], 6554, 7, 3, noise=Noise.parse(text), key_positions=first, layout="bhts")
         assert sum(t.numel() for t in saved) <= 2
 
 
