@@ -9,7 +9,7 @@ class Chain : public Stages<F> {
         Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key, Base::index, Base::id_of, Base::least_of,
         Base::block_count, Base::block_end, Base::argmax, Base::list, Base::z_of, Base::whole, Base::for_kept,
         Base::log_total, Base::make_list, Base::first, Base::select, Base::sort_list, Base::top_, Base::temperature_,
-        Base::cut_, Base::have_list_, Base::sorted_, Base::apply, Base::top_p_whole, Base::surprise_of, Base::final_z,
+        Base::cut_, Base::have_list_, Base::sorted_, Base::kHead, Base::apply, Base::top_p_whole, Base::surprise_of, Base::final_z,
         Base::at_, Base::mixed_, Base::mu_, Base::greedy_, Base::steered_;
 
    public:
@@ -69,8 +69,6 @@ class Chain : public Stages<F> {
         top_p_whole(p);
         return have_list_ ? draw_list() : draw_all();
     }
-
-    static constexpr int64_t kHead = 64;
 
     // Whether a few tokens are likely to hold the mass that top-p asks for: few block maxima are near the top.
     bool peaked(float top, float inverse) const {

@@ -187,11 +187,15 @@ class Stages : public Kept<F> {
 
     // ---- top-p over a whole row, without a list of it ----
 
+    static constexpr int64_t kSample = 1024, kSampled = 4 * kSample;  // tokens of a sample, and of a row that has one
+    static constexpr int64_t kHead = 64;                             // tokens that often hold the mass
+
     // The exact prefix. A sample of the row says between which two values the cut will lie; one pass adds up the masses of
     // all, of what stands above this window, and collects what is in it. Where the cut is not there after all, the window
     // becomes the rest of the row.
     void top_p_whole(double p) {
         hold_all();
+        if (n_ < kSampled && short_top_p(p)) return;
         F low, high;
         window(p, low, high);
         auto& keys = list();
@@ -226,13 +230,30 @@ class Stages : public Kept<F> {
         }
     }
 
+    // The same in a short row, if a few tokens hold the mass.
+    bool short_top_p(double p) {
+        const int64_t need = need_of(p, total());
+        select(kHead, list());
+        have_list_ = true;
+        sort_list();
+        auto& keys = list();
+        int64_t sum = 0;
+        for (size_t length = 0; length < keys.size();) {
+            sum += noise_weight(z_of(keys[length++]));
+            if (sum < need) continue;
+            keys.resize(length);
+            return true;
+        }
+        have_list_ = sorted_ = false;
+        return false;
+    }
+
     // Between which values the cut lies, by a sample of at most 1,024 tokens: half of the window's mass to each side of the
     // need, by far more than the sample is likely to be wrong by.
     void window(double p, F& low, F& high) const {
-        constexpr int64_t kSample = 1024;
         low = -INFINITY;
         high = max_;
-        if (n_ < 4 * kSample) return;
+        if (n_ < kSampled) return;
         F values[kSample];
         int64_t weight[kSample];
         const int64_t step = n_ / kSample;
