@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -146,13 +147,16 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
     if (failed) throw std::bad_alloc();
     if (!(need & kNeedKept)) return nb::int_(bad.load());
     int64_t* const offsets = at<int64_t>(kept_offsets);
-    std::vector<int64_t> flat;
     offsets[0] = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-        flat.insert(flat.end(), kept[row].begin(), kept[row].end());
-        offsets[row + 1] = static_cast<int64_t>(flat.size());
+    for (int64_t row = 0; row < rows; ++row) offsets[row + 1] = offsets[row] + static_cast<int64_t>(kept[row].size());
+    nb::object flat = nb::steal(PyByteArray_FromStringAndSize(nullptr, offsets[rows] * 8));
+    if (!flat.is_valid()) throw nb::python_error();
+    char* to = PyByteArray_AsString(flat.ptr());
+    for (const std::vector<int64_t>& one : kept) {
+        if (!one.empty()) std::memcpy(to, one.data(), one.size() * 8);
+        to += one.size() * 8;
     }
-    return nb::make_tuple(bad.load(), nb::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * 8));
+    return nb::make_tuple(bad.load(), flat);
 }
 
 // Whether a history is whole: offsets that rise from 0 to `count`, ids of the vocabulary, prompts no longer than their row

@@ -12,8 +12,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Past, Sampled, Settings, Status
 from twodice.sampling.arrays import returned, tensor_of
-from twodice.sampling.chain import Packed, fresh_key, key_of, pack
+from twodice.sampling.chain import Packed, bits_of, fresh_key, key_of, pack
 from twodice.sampling.params import SamplingParams
 
 SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
@@ -135,7 +133,7 @@ def _state(value: Any, rows: int) -> Tensor | None:
     return found.contiguous()
 
 
-def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[np.uint64]]:
+def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], Tensor]:
     """Seeds and keys of all rows; a row without a seed gets a fresh one from the operating system."""
     one = len(packed.seeds) == 1
     if packed.all_seeded:
@@ -148,7 +146,7 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[
         for i, s in enumerate(given)
     )
     fresh = [fresh_key(m) if s is None else key_of(m) for s, m in zip(given, made, strict=True)]
-    return made, np.array(fresh, np.uint64)
+    return made, bits_of(fresh)
 
 
 def _params(value: Any) -> tuple[SamplingParams, ...]:

@@ -91,7 +91,8 @@ EDITS = (
     {"repetition_penalty": 1.3},
     {"presence_penalty": -0.7, "frequency_penalty": 0.2},
     {"repetition_penalty": 0.6, "frequency_penalty": 0.3, "penalty_range": 50},
-    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "dry_multiplier": 0.8, "logit_bias": {7: 2.5, 4097: -9.0}},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "dry_multiplier": 0.8,
+     "logit_bias": {7: 2.5, 4097: -9.0}},
     {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "banned_tokens": [0, 640, 4999]},
     {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "allowed_tokens": [3, 200, 201, 2500, 4998]},
 )  # fmt: skip
@@ -101,7 +102,7 @@ FILTERS = ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.0
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks_that_are_read_late_are_edited_all_the_same(dtype: torch.dtype, masked: bool) -> None:
-    """Many blocks, few of them read: every edit before, between and after the one that waits for its block."""
+    """Many blocks, few of them read: edits before and after the one that waits for its block."""
     generator = torch.Generator().manual_seed(5)
     rows, vocabulary, n = len(EDITS) * len(FILTERS), 5000, 300
     logits = torch.randn(rows, vocabulary, generator=generator).mul_(2).to(dtype)
@@ -112,7 +113,9 @@ def test_blocks_that_are_read_late_are_edited_all_the_same(dtype: torch.dtype, m
     params = [SamplingParams(seed=3, **edit, **one) for edit in EDITS for one in FILTERS]  # type: ignore[arg-type]
     mask = None
     if masked:  # words that ban all, none, and some
-        mask = torch.randint(-(2**31), 2**31, (rows, 157), dtype=torch.int64, generator=generator).to(torch.int32)
+        mask = torch.randint(-(2**31), 2**31, (rows, 157), dtype=torch.int64, generator=generator).to(
+            torch.int32
+        )
         mask[:, ::3], mask[:, 40:80] = -1, 0
     native, reference = both(logits, params, 11, history=past, allowed_mask=mask)
     assert_equal(native, reference)
