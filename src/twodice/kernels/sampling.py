@@ -28,7 +28,7 @@ _FLOATS = tuple(name for name in NEEDS if name not in ("rank", "kept"))
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Where the noise of R rows stands: the bits of keys (int64) and coordinates, each a row or one for all."""
+    """Where the noise of R rows stands: int64 bits of keys, and coordinates, a row each or one for all."""
 
     keys: Tensor
     position: int | Tensor
