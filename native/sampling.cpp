@@ -1,17 +1,17 @@
-// Token sampling: the threads over the rows, the choice of instruction set, the binding. The chain on one row is in
-// sampling_row.hpp; the readable twin in src/twodice/kernels/sampling_reference.py.
+// Token sampling: the threads over the rows, the choice of instruction set, the binding. The chain on one row is in the
+// files of sampling_level.hpp; the readable twin in src/twodice/kernels/sampling_reference.py.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <vector>
 
 #include "noise.hpp"
-#include "sampling_edit.hpp"
 #include "sampling_types.hpp"
 #include "threads.hpp"
 #include "vector16.hpp"
@@ -23,10 +23,11 @@ namespace {
 
 constexpr int64_t kBlock = 128;  // values a block maximum stands for
 constexpr int64_t kDrawn = 8;    // blocks whose noise is made in one go
+constexpr int64_t kAhead = 32;    // ids of a history whose places are fetched before they are needed
+constexpr double kDryMost = 1e30;
 
 namespace portable {
-#include "sampling_vector.hpp"
-#include "sampling_row.hpp"
+#include "sampling_level.hpp"
 }
 
 #if TWODICE_X86
@@ -38,8 +39,7 @@ namespace portable {
 #endif
 #define TWODICE_LEVEL_AVX2 1
 namespace avx2 {
-#include "sampling_vector.hpp"
-#include "sampling_row.hpp"
+#include "sampling_level.hpp"
 }
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -55,8 +55,7 @@ namespace avx2 {
 #endif
 #define TWODICE_LEVEL_AVX512 1
 namespace avx512 {
-#include "sampling_vector.hpp"
-#include "sampling_row.hpp"
+#include "sampling_level.hpp"
 }
 #undef TWODICE_LEVEL_AVX512
 #undef TWODICE_LEVEL_AVX2
@@ -148,13 +147,34 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
     if (failed) throw std::bad_alloc();
     if (!(need & kNeedKept)) return nb::int_(bad.load());
     int64_t* const offsets = at<int64_t>(kept_offsets);
-    std::vector<int64_t> flat;
     offsets[0] = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-        flat.insert(flat.end(), kept[row].begin(), kept[row].end());
-        offsets[row + 1] = static_cast<int64_t>(flat.size());
+    for (int64_t row = 0; row < rows; ++row) offsets[row + 1] = offsets[row] + static_cast<int64_t>(kept[row].size());
+    nb::object flat = nb::steal(PyByteArray_FromStringAndSize(nullptr, offsets[rows] * 8));
+    if (!flat.is_valid()) throw nb::python_error();
+    char* to = PyByteArray_AsString(flat.ptr());
+    for (const std::vector<int64_t>& one : kept) {
+        if (!one.empty()) std::memcpy(to, one.data(), one.size() * 8);
+        to += one.size() * 8;
     }
-    return nb::make_tuple(bad.load(), nb::bytes(reinterpret_cast<const char*>(flat.data()), flat.size() * 8));
+    return nb::make_tuple(bad.load(), flat);
+}
+
+// Whether a history is whole: offsets that rise from 0 to `count`, ids of the vocabulary, prompts no longer than their row
+// (prompts may be null). What is wrong, and how to say it, is the business of sampling/sample.py.
+bool history_fits(uintptr_t ids, int64_t count, uintptr_t offsets, uintptr_t prompts, int64_t rows, int64_t vocabulary) {
+    const int64_t *const id = at<const int64_t>(ids), *const offset = at<const int64_t>(offsets);
+    const int64_t* const prompt = at<const int64_t>(prompts);
+    // The highest bit is set where a number is negative, or one beyond its bound; unsigned, which may wrap.
+    uint64_t wrong = 0;
+    auto look = [&](int64_t value, int64_t most) {
+        wrong |= static_cast<uint64_t>(value) | (static_cast<uint64_t>(most) - static_cast<uint64_t>(value));
+    };
+    for (int64_t j = 0; j < count; ++j) look(id[j], vocabulary - 1);
+    for (int64_t i = 0; i < rows; ++i) {
+        look(offset[i], offset[i + 1]);
+        if (prompt) look(prompt[i], offset[i + 1] - offset[i]);
+    }
+    return wrong >> 63 == 0 && offset[0] == 0 && offset[rows] == count;
 }
 
 // ---- the parts of a draw, number by number, for the test that holds them against random/noise.py ---------------------
@@ -205,6 +225,7 @@ void weights_of(uintptr_t z, int64_t count, uintptr_t out) {
 
 void bind_sampling(nb::module_& m) {
     m.def("sample", &twodice::sample);
+    m.def("history_fits", &twodice::history_fits);
     m.def("leading16_run", &twodice::leading16_run);
     m.def("gumbel_draws", &twodice::gumbel_draws);
     m.def("gumbel_of_bits", &twodice::gumbel_of_bits);

@@ -1,23 +1,14 @@
-// Stages 2 and 3 of the chain on one row of contiguous logits: bias, masks, banned ids, penalties, n-grams, DRY. The twin
-// of src/twodice/kernels/sampling_edit.py. An edit says which block of values it has touched, so that only those maxima
-// are taken again.
-#pragma once
+// Stages 2 and 3 of the chain on one row: bias, masks, banned ids, penalties, n-grams, DRY. A part of
+// sampling_level.hpp. The twin of src/twodice/kernels/sampling_edit.py.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+template <class F>
+class Row;
 
-#include "sampling_types.hpp"
-
-namespace twodice {
-
-inline constexpr double kDryMost = 1e30;
-
-template <class F, class Touch>
-class Editor {
+template <class F>
+class Edits {
    public:
-    Editor(const Job& job, const Settings& set, Scratch& scratch, int64_t vocabulary, int64_t row, F* x, Touch touch)
-        : job_(job), set_(set), s_(scratch), n_(vocabulary), row_(row), x_(x), touch_(touch) {
+    Edits(const Job& job, const Settings& set, Scratch& scratch, Row<F>& into, int64_t row)
+        : job_(job), set_(set), s_(scratch), into_(into), n_(into.size()), row_(row) {
         if (job.past_offsets) {
             past_ = job.past_ids + job.past_offsets[row];
             length_ = job.past_offsets[row + 1] - job.past_offsets[row];
@@ -34,8 +25,8 @@ class Editor {
 
     // Everything but the allowed ids, which the caller takes out of the row.
     void run() {
-        for (int64_t j = set_.bias.begin; j < set_.bias.end; ++j) put(job_.ids[j], x_[job_.ids[j]] + job_.values[j]);
-        if (job_.mask) mask(job_.mask + row_ * job_.mask_stride);
+        for (int64_t j = set_.bias.begin; j < set_.bias.end; ++j) into_.change(job_.ids[j], [&](F x) { return x + job_.values[j]; });
+        if (job_.mask) into_.mask(job_.mask + row_ * job_.mask_stride);
         ban(set_.banned);
         const bool counted = job_.past_offsets && job_.past_prompts;
         if ((counted ? length_ - prompt_ : 0) < set_.min_tokens) ban(set_.stop);
@@ -46,66 +37,57 @@ class Editor {
     }
 
    private:
-    void put(int64_t id, F value) {
-        x_[id] = value;
-        touch_(id);
+    void drop(int64_t id) {
+        into_.change(id, [](F) { return static_cast<F>(-INFINITY); });
     }
 
     void ban(const List& list) {
-        for (int64_t j = list.begin; j < list.end; ++j) put(job_.ids[j], -INFINITY);
+        for (int64_t j = list.begin; j < list.end; ++j) drop(job_.ids[j]);
     }
 
-    void mask(const uint32_t* words) {
-        for (int64_t w = 0; w * 32 < n_; ++w) {
-            const uint32_t bits = words[w];
-            if (bits == 0xFFFFFFFFu) continue;
-            const int64_t begin = w * 32, count = n_ - begin < 32 ? n_ - begin : 32;
-            F* const x = x_ + begin;
-            if (bits == 0)
-                for (int64_t j = 0; j < count; ++j) x[j] = -INFINITY;
-            else
-                for (int64_t j = 0; j < count; ++j) x[j] = (bits >> j) & 1u ? x[j] : static_cast<F>(-INFINITY);
-            touch_(begin);
-        }
-    }
-
+    // Repetition, presence and frequency, each id of the history once. No branch depends on whether it has been said
+    // before: that cannot be predicted.
     void penalise() {
+        const bool repeated = set_.penalty != 1.0f, counted = set_.presence != 0.0f || set_.frequency != 0.0f;
+        if (!repeated && !counted) return;
         const int64_t begin = set_.penalty_range > 0 && set_.penalty_range < length_ ? length_ - set_.penalty_range : 0;
-        if (set_.penalty != 1.0f) {
-            const F penalty = static_cast<F>(set_.penalty);
-            auto& seen = s_.seen;
-            seen.resize((n_ + 63) / 64, 0);
-            for (int64_t j = begin; j < length_; ++j) {
-                const int64_t id = past_[j];
-                const uint64_t bit = uint64_t{1} << (id & 63);
-                if (seen[id >> 6] & bit) continue;
-                seen[id >> 6] |= bit;
-                put(id, x_[id] > 0 ? x_[id] / penalty : x_[id] * penalty);
-            }
-            for (int64_t j = begin; j < length_; ++j) seen[past_[j] >> 6] = 0;
-        }
-        if (set_.presence == 0.0f && set_.frequency == 0.0f) return;
-        const F presence = static_cast<F>(set_.presence), frequency = static_cast<F>(set_.frequency);
-        const int64_t from = (set_.rules & kCountPrompt) || prompt_ < begin ? begin : prompt_;
-        auto& counts = s_.counts;
-        counts.resize(std::max<size_t>(counts.size(), static_cast<size_t>(n_)), 0);
-        for (int64_t j = from; j < length_; ++j) ++counts[past_[j]];
-        for (int64_t j = from; j < length_; ++j) {
+        const int64_t text = (set_.rules & kCountPrompt) || prompt_ < begin ? begin : prompt_;
+        auto& ids = s_.distinct;
+        auto& told = s_.told;
+        auto& place = s_.numbers;  // of an id in `ids`, counted from 1
+        ids.resize(length_), told.assign(length_, 0);
+        place.resize(std::max<size_t>(place.size(), static_cast<size_t>(n_)), 0);
+        int32_t n = 0;
+        for (int64_t j = repeated ? begin : text; j < length_; ++j) {
             const int64_t id = past_[j];
-            if (counts[id] == 0) continue;
-            put(id, (x_[id] - static_cast<F>(counts[id]) * frequency) - presence);
-            counts[id] = 0;
+            __builtin_prefetch(&place[past_[j + kAhead < length_ ? j + kAhead : j]], 1);
+            const int32_t found = place[id], fresh = found == 0, at = fresh ? n : found - 1;
+            ids[n] = static_cast<int32_t>(id);
+            n += fresh;
+            place[id] = at + 1;
+            told[at] += counted && j >= text;
         }
+        ids.resize(n);
+        for (const int32_t id : ids) place[id] = 0;
+        const F penalty = repeated ? static_cast<F>(set_.penalty) : F{1};
+        const F presence = static_cast<F>(set_.presence), frequency = static_cast<F>(set_.frequency);
+        into_.change_later(ids, [&, count = told.data()](const F* before, F* after) {
+            for (int32_t j = 0; j < n; ++j) {
+                const F x = before[j], less = x / penalty, more = x * penalty, seldom = x > 0 ? less : more;
+                const F often = (seldom - static_cast<F>(count[j]) * frequency) - presence;
+                after[j] = count[j] > 0 ? often : seldom;
+            }
+        });
     }
 
     void ban_ngrams() {
         const int64_t n = set_.ngram;
         if (n <= 0 || length_ < n) return;
         if (n == 1)
-            for (int64_t j = 0; j < length_; ++j) put(past_[j], -INFINITY);
+            for (int64_t j = 0; j < length_; ++j) drop(past_[j]);
         else
             repeats(length_, [&](int64_t following, int64_t length) {
-                if (length >= n - 1) put(following, -INFINITY);
+                if (length >= n - 1) drop(following);
             });
     }
 
@@ -137,7 +119,7 @@ class Editor {
         int64_t room = 0;  // tokens after the last breaker: no run is longer
         while (room < n && !breaks(past_[length_ - 1 - room])) ++room;
         if (room == 0) return;
-        auto& longest = s_.counts;
+        auto& longest = s_.numbers;
         longest.resize(std::max<size_t>(longest.size(), static_cast<size_t>(n_)), 0);
         const int64_t allowed = set_.dry_allowed < 1 ? 1 : set_.dry_allowed;
         repeats(n, [&](int64_t following, int64_t length) {
@@ -148,7 +130,7 @@ class Editor {
         for (int64_t j = length_ - n + 1; j < length_; ++j) {
             const int64_t following = past_[j];
             if (longest[following] == 0) continue;
-            put(following, x_[following] - static_cast<F>(penalty_of(longest[following])));
+            into_.change(following, [&](F x) { return x - static_cast<F>(penalty_of(longest[following])); });
             longest[following] = 0;
         }
     }
@@ -166,11 +148,8 @@ class Editor {
     const Job& job_;
     const Settings& set_;
     Scratch& s_;
+    Row<F>& into_;
     const int64_t n_, row_;
-    F* const x_;
-    Touch touch_;
     const int64_t* past_ = nullptr;
     int64_t length_ = 0, prompt_ = 0;
 };
-
-}  // namespace twodice

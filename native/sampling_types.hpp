@@ -86,6 +86,7 @@ struct Result {
 template <class F, class K>
 struct Buffers {
     std::vector<F> values, maxima, copy, raw;
+    std::vector<F> before, waiting;  // by place in `distinct`: a value before and after the penalties
     std::vector<K> keys;
 };
 
@@ -97,10 +98,13 @@ struct Distance {  // of one token's -log p to the entropy, with its mass
 struct Scratch {
     Buffers<float, uint64_t> narrow;
     Buffers<double, unsigned __int128> wide;
-    std::vector<uint64_t> seen;    // a bit an id, all 0 between uses
-    std::vector<int32_t> counts;   // a number an id, all 0 between uses
-    std::vector<int32_t> run;      // the length of the repeat that ends at each place
-    std::vector<uint8_t> blocks;   // of maxima, that an edit has touched
+    std::vector<int32_t> numbers;        // a number an id, all 0 between uses
+    std::vector<int32_t> distinct;       // the ids of a history, each once
+    std::vector<int32_t> told;           // how often each of them was said
+    std::vector<int32_t> run;            // the length of the repeat that ends at each place
+    std::vector<uint8_t> held, stale;    // by block: its values can be read; its maximum must be taken again
+    std::vector<int32_t> first_waiting;  // by block: the place in `distinct` of one whose edit waits, or -1
+    std::vector<int32_t> next_waiting;   // by that place: the next one of the block, or -1
     std::vector<Distance> distances;
 
     template <class F>

@@ -1,5 +1,4 @@
-// Passes over contiguous logits. Included once for each instruction set, inside a namespace of its own (see sampling.cpp).
-// No include guard on purpose, and no system header: those belong outside the target region.
+// Passes over contiguous logits. A part of sampling_level.hpp.
 
 // Largest value of `count` numbers; `bad` becomes true where one is NaN.
 template <class F>
@@ -63,6 +62,51 @@ inline float block_max<float>(const float* x, int64_t count, bool& bad) {
     return _mm_cvtss_f32(s);
 }
 #endif
+
+// Largest of `count` bfloat16 numbers, as block_max.
+inline float block_max16(const uint16_t* x, int64_t count, bool& bad) {
+    float best = -INFINITY;
+    int nan = 0;
+    int64_t j = 0;
+    // A word holds two of them; each is a float32 when the other one's bits are 0.
+#if defined(TWODICE_LEVEL_AVX512)
+    __m512 low = _mm512_set1_ps(-INFINITY), high = low;
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    __mmask16 found = 0;
+    for (; j + 32 <= count; j += 32) {
+        const __m512i words = _mm512_loadu_si512(x + j);
+        const __m512 a = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        const __m512 b = _mm512_castsi512_ps(_mm512_and_si512(words, mask));
+        found = static_cast<__mmask16>(found | _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q));
+        low = _mm512_max_ps(low, a);
+        high = _mm512_max_ps(high, b);
+    }
+    best = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+    nan = found != 0;
+#elif defined(TWODICE_LEVEL_AVX2)
+    __m256 low = _mm256_set1_ps(-INFINITY), high = low, found = _mm256_setzero_ps();
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+    for (; j + 16 <= count; j += 16) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + j));
+        const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+        const __m256 b = _mm256_castsi256_ps(_mm256_and_si256(words, mask));
+        found = _mm256_or_ps(found, _mm256_cmp_ps(a, b, _CMP_UNORD_Q));
+        low = _mm256_max_ps(low, a);
+        high = _mm256_max_ps(high, b);
+    }
+    float lanes[8];
+    _mm256_storeu_ps(lanes, _mm256_max_ps(low, high));
+    for (const float lane : lanes) best = lane > best ? lane : best;
+    nan = _mm256_movemask_ps(found) != 0;
+#endif
+    for (; j < count; ++j) {
+        const float value = bits_of<float>(uint32_t{x[j]} << 16);
+        nan |= value != value;
+        best = value > best ? value : best;
+    }
+    bad |= nan != 0;
+    return best;
+}
 
 #ifdef TWODICE_LEVEL_AVX2
 // noise_exp of four numbers, the same operations.

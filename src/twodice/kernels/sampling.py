@@ -12,10 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,15 +28,11 @@ _FLOATS = tuple(name for name in NEEDS if name not in ("rank", "kept"))
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Where the noise of R rows stands: keys as uint64, one a row or one for all; coordinates likewise."""
+    """Where the noise of R rows stands: int64 bits of keys, and coordinates, a row each or one for all."""
 
-    keys: npt.NDArray[np.uint64]
+    keys: Tensor
     position: int | Tensor
     completion: int | Tensor
-
-
-def _address(array: npt.NDArray[Any]) -> int:
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -90,7 +83,7 @@ def native(
         column_stride,
         settings.pointers,
         len(settings.rows),
-        _address(draw.keys),
+        draw.keys.data_ptr(),
         len(draw.keys),
         at,
         one_at,
@@ -118,8 +111,29 @@ def native(
     if offsets is None:
         return out, found
     bad, flat = found
-    out.kept = (offsets, torch.from_numpy(np.frombuffer(flat, np.int64).copy()))
+    ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    out.kept = (offsets, ids)
     return out, bad
+
+
+def history_fits(past: Past, vocabulary: int) -> bool:
+    """Whether offsets rise from 0 to the number of ids, ids are in the vocabulary, prompts fit their rows."""
+    rows = len(past.offsets) - 1
+    if dispatch.native is not None:
+        fits: bool = dispatch.native.history_fits(
+            past.ids.data_ptr(),
+            len(past.ids),
+            past.offsets.data_ptr(),
+            _pointer(past.prompts),
+            rows,
+            vocabulary,
+        )
+        return fits
+    lengths = past.offsets.diff()
+    wrong = (past.ids < 0).any() | (past.ids >= vocabulary).any() | (lengths < 0).any()
+    if past.prompts is not None:
+        wrong |= ((past.prompts < 0) | (past.prompts > lengths)).any()
+    return not wrong and bool(past.offsets[0] == 0) and int(past.offsets[-1]) == len(past.ids)
 
 
 def choose(
@@ -144,7 +158,7 @@ def choose(
     if past is not None:
         prompts = None if past.prompts is None else past.prompts.to(device)
         past = Past(past.ids.to(device), past.offsets.to(device), prompts)
-    key_tensor = torch.from_numpy(draw.keys.view(np.int64)).to(device).expand(rows)
+    key_tensor = draw.keys.to(device).expand(rows)
     where = torch.as_tensor(draw.position, device=device).expand(rows)
     which = torch.as_tensor(draw.completion, device=device).expand(rows)
     mask = None if mask is None else mask.to(device)

@@ -145,7 +145,7 @@ def plan(settings: Settings, draw: Draw, R: int, V: int, blocks: int) -> npt.NDA
         kernels.TOP_P: rows["top_p"],
     }
     table = np.empty((R, kernels.COLUMNS), np.int64)
-    table[:, kernels.KEY] = draw.keys.view(np.int64)
+    table[:, kernels.KEY] = draw.keys.numpy()
     table[:, kernels.POSITION] = draw.position if isinstance(draw.position, int) else draw.position.numpy()
     table[:, kernels.COMPLETION] = (
         draw.completion if isinstance(draw.completion, int) else draw.completion.numpy()

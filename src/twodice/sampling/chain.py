@@ -12,8 +12,8 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from twodice.kernels.sampling_settings import Rule, Settings, Stage
 from twodice.random import noise
@@ -63,6 +63,11 @@ fresh_key = Key.children("sampling")
 """The Philox key of a seed in [0, 2^64): the child ``sampling`` of ``Key(seed)``."""
 key_of = lru_cache(maxsize=4096)(lambda seed: fresh_key(seed % 2**64))
 """The same of any seed, remembered."""
+
+
+def bits_of(keys: list[int]) -> Tensor:
+    """Keys in [0, 2^64) as (R,) int64 of the same bits."""
+    return torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
 
 
 @lru_cache(maxsize=1024)
@@ -119,7 +124,7 @@ class Packed:
     settings: Settings
     seeds: tuple[int | None, ...]
     all_seeded: bool
-    keys: npt.NDArray[np.uint64]
+    keys: Tensor
 
     @property
     def size(self) -> int:
@@ -132,7 +137,7 @@ def _made(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
     every = (params,) if isinstance(params, SamplingParams) else params
     settings = Settings.pack([_row(p) for p in every])
     seeds = tuple(p.seed for p in every)
-    keys = np.array([0 if s is None else key_of(s) for s in seeds], np.uint64)
+    keys = bits_of([0 if s is None else key_of(s) for s in seeds])
     return Packed(settings, seeds, None not in seeds, keys)
 
 

@@ -12,8 +12,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Past, Sampled, Settings, Status
 from twodice.sampling.arrays import returned, tensor_of
-from twodice.sampling.chain import Packed, fresh_key, key_of, pack
+from twodice.sampling.chain import Packed, bits_of, fresh_key, key_of, pack
 from twodice.sampling.params import SamplingParams
 
 SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
@@ -68,29 +66,31 @@ def _past(value: History, rows: int, vocabulary: int) -> Past:
             f"history must be (ids (n,), offsets ({rows + 1},), prompt_lengths ({rows},)); "
             f"got ids {tuple(ids.shape)} and offsets {tuple(offsets.shape)}"
         )
-    # Through NumPy, whose calls on a few numbers cost a fifth of torch's.
-    places, tokens = offsets.numpy(), ids.numpy()
-    lengths = places[1:] - places[:-1]
-    if places[0] != 0 or places[-1] != len(tokens) or (rows and lengths.min() < 0):
-        raise ShapeError(
-            f"the offsets of history must rise from 0 to {len(tokens)}; got {offsets.tolist()[:8]} ..."
+    prompts = None if len(value) == 2 else _integers("prompt_lengths", value[2])
+    if prompts is not None and prompts.shape != (rows,):
+        raise ShapeError(f"the prompt_lengths of history must be ({rows},); got {tuple(prompts.shape)}")
+    past = Past(ids, offsets, prompts)
+    if not kernel.history_fits(past, vocabulary):
+        raise _misfit(past, vocabulary)
+    return past
+
+
+def _misfit(past: Past, vocabulary: int) -> ShapeError | RequestError:
+    """What is wrong with a history whose shapes are right."""
+    lengths, count = past.offsets.diff(), len(past.ids)
+    if past.offsets[0] != 0 or past.offsets[-1] != count or bool((lengths < 0).any()):
+        return ShapeError(
+            f"the offsets of history must rise from 0 to {count}; got {past.offsets.tolist()[:8]} ..."
         )
-    if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocabulary):
-        raise RequestError(
-            f"the ids of history must be in [0, {vocabulary}); got {tokens.min()} to {tokens.max()}"
+    if count and (past.ids.min() < 0 or past.ids.max() >= vocabulary):
+        return RequestError(
+            f"the ids of history must be in [0, {vocabulary}); got {past.ids.min()} to {past.ids.max()}"
         )
-    if len(value) == 2:
-        return Past(ids, offsets, None)
-    prompts = _integers("prompt_lengths", value[2])
-    inside = prompts.shape == (rows,) and (
-        rows == 0 or (prompts.numpy().min() >= 0 and (lengths - prompts.numpy()).min() >= 0)
+    assert past.prompts is not None
+    return ShapeError(
+        f"the prompt_lengths of history must be ({len(lengths)},), each in [0, tokens of its row]; "
+        f"got {past.prompts.tolist()} for {lengths.tolist()} tokens"
     )
-    if not inside:
-        raise ShapeError(
-            f"the prompt_lengths of history must be ({rows},), each in [0, tokens of its row]; "
-            f"got {prompts.tolist()} for {lengths.tolist()} tokens"
-        )
-    return Past(ids, offsets, prompts)
 
 
 def history_of(value: History | None, settings: Settings, rows: int, vocabulary: int) -> Past | None:
@@ -133,7 +133,7 @@ def _state(value: Any, rows: int) -> Tensor | None:
     return found.contiguous()
 
 
-def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[np.uint64]]:
+def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], Tensor]:
     """Seeds and keys of all rows; a row without a seed gets a fresh one from the operating system."""
     one = len(packed.seeds) == 1
     if packed.all_seeded:
@@ -146,7 +146,7 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], npt.NDArray[
         for i, s in enumerate(given)
     )
     fresh = [fresh_key(m) if s is None else key_of(m) for s, m in zip(given, made, strict=True)]
-    return made, np.array(fresh, np.uint64)
+    return made, bits_of(fresh)
 
 
 def _params(value: Any) -> tuple[SamplingParams, ...]:

@@ -221,7 +221,7 @@ def _narrow(
             if kind == Stage.MIN_P:
                 stays = z >= torch.from_numpy(table["log_min_p"][at.numpy()].copy())[:, None]
             else:
-                keys = torch.from_numpy(packed.keys.view("int64"))[at, None]
+                keys = packed.keys[at, None]
                 ids = torch.arange(begin, begin + n)[None]
                 where, which = (
                     one if isinstance(one, int) else one[at, None] for one in (position, completion)

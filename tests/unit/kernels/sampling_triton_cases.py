@@ -106,7 +106,7 @@ def both(
     wanted = reference(
         logits,
         settings,
-        torch.from_numpy(draw.keys.view(np.int64)).expand(rows),
+        draw.keys.expand(rows),
         torch.as_tensor(draw.position).expand(rows),
         torch.as_tensor(draw.completion).expand(rows),
         past,

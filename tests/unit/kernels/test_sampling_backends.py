@@ -13,7 +13,8 @@ import torch
 from tests.support import sampling_rows
 
 from twodice.kernels import dispatch
-from twodice.kernels.sampling_settings import NEEDS, Sampled
+from twodice.kernels.sampling import history_fits
+from twodice.kernels.sampling_settings import NEEDS, Past, Sampled
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
@@ -86,6 +87,42 @@ def test_adversarial_rows_give_the_same_bits_on_every_backend() -> None:
     assert sum(compare(number) for number in range(150)) > 2000
 
 
+EDITS = (
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": -0.7, "frequency_penalty": 0.2},
+    {"repetition_penalty": 0.6, "frequency_penalty": 0.3, "penalty_range": 50},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "dry_multiplier": 0.8,
+     "logit_bias": {7: 2.5, 4097: -9.0}},
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "banned_tokens": [0, 640, 4999]},
+    {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "allowed_tokens": [3, 200, 201, 2500, 4998]},
+)  # fmt: skip
+FILTERS = ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.0}, {"typical_p": 0.5})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_that_are_read_late_are_edited_all_the_same(dtype: torch.dtype, masked: bool) -> None:
+    """Many blocks, few of them read: edits before and after the one that waits for its block."""
+    generator = torch.Generator().manual_seed(5)
+    rows, vocabulary, n = len(EDITS) * len(FILTERS), 5000, 300
+    logits = torch.randn(rows, vocabulary, generator=generator).mul_(2).to(dtype)
+    # What was said is what is likely, over and over, so that penalties move what is kept.
+    likely = logits.double().topk(40).indices
+    ids = likely.gather(1, torch.randint(0, 40, (rows, n), generator=generator)).flatten()
+    past = (ids, torch.arange(rows + 1) * n, torch.full((rows,), n // 3))
+    params = [SamplingParams(seed=3, **edit, **one) for edit in EDITS for one in FILTERS]  # type: ignore[arg-type]
+    mask = None
+    if masked:  # words that ban all, none, and some
+        mask = torch.randint(-(2**31), 2**31, (rows, 157), dtype=torch.int64, generator=generator).to(
+            torch.int32
+        )
+        mask[:, ::3], mask[:, 40:80] = -1, 0
+    native, reference = both(logits, params, 11, history=past, allowed_mask=mask)
+    assert_equal(native, reference)
+    alone = sample(logits, params, 11, history=past, allowed_mask=mask, on_bad_row="flag")
+    assert torch.equal(alone.tokens, reference.tokens)  # with nothing else asked for, fewer blocks are read
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_adversarial_rows_give_the_same_bits() -> None:
     assert sum(compare(number) for number in range(1000, 8000)) > 100_000
@@ -133,6 +170,22 @@ def settings_again(number: int, rows: int, vocabulary: int, with_edits: bool) ->
         none = dict.fromkeys(edits)
         found = [dataclasses.replace(one, **none) for one in found]  # type: ignore[arg-type]
     return tuple(found[i % len(found)] for i in range(rows))
+
+
+def test_a_history_fits_alike_with_and_without_the_native_check() -> None:
+    far = 2**62
+    for ids, offsets, prompts in (
+        ([0, 4, 2], [0, 1, 3], [1, 0]), ([], [0, 0, 0], [0, 0]), ([0, 5, 2], [0, 1, 3], [1, 0]),
+        ([0, -1, 2], [0, 1, 3], None), ([0, 4, 2], [0, 4, 3], None), ([0, 4, 2], [1, 1, 3], None),
+        ([0, 4, 2], [0, 1, 2], None), ([0, 4, 2], [0, 1, 3], [2, 0]), ([0, 4, 2], [0, 1, 3], [0, -1]),
+        ([0, 4, -far * 2], [0, 1, 3], None), ([0, 4, far], [0, 1, 3], None), ([0, 4, 2], [0, -far, 3], None),
+    ):  # fmt: skip
+        whole = [None if x is None else torch.tensor(x, dtype=torch.int64) for x in (ids, offsets, prompts)]
+        past = Past(*whole)  # type: ignore[arg-type]
+        dispatch.native = NATIVE
+        native = history_fits(past, 5)
+        dispatch.native = None
+        assert native == history_fits(past, 5), (ids, offsets, prompts)
 
 
 def test_a_deviation_whose_square_root_rounds_otherwise_cuts_alike() -> None:

@@ -1,0 +1,244 @@
+// What is kept of a row, and sums over it. A part of sampling_level.hpp.
+//
+// Every stage keeps a contiguous range of the rank order (value, then id). What is kept is either a prefix of the whole
+// row, given by the key of its last token (`cut_`), or an explicit list of keys.
+
+template <class F>
+class Kept : public Row<F> {
+   protected:
+    using Base = Row<F>;
+    using typename Base::O;
+    using typename Base::Key;
+    using typename Base::Bits;
+    using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::key, Base::index,
+        Base::block_count, Base::block_end;
+    static constexpr int64_t kChunk = 256;
+    static_assert(kChunk % kBlock == 0, "a chunk is whole blocks");
+
+    using Base::Base;
+
+    std::vector<Key>& list() const { return buffers().keys; }
+    double z_of(F x) const { return (static_cast<double>(x) - top_) / temperature_; }
+    double z_of(Key k) const { return z_of(x_[index(k)]); }
+    bool whole() const { return !have_list_ && cut_ == 0; }
+
+    // Calls fn(values, count) over everything that is kept, in chunks; what is not kept is -inf there.
+    template <class Fn>
+    void for_kept(Fn fn) const {
+        F chunk[kChunk];
+        if (have_list_) {
+            const auto& keys = list();
+            const int64_t size = static_cast<int64_t>(keys.size());
+            for (int64_t begin = 0; begin < size; begin += kChunk) {
+                const int64_t count = size - begin < kChunk ? size - begin : kChunk;
+                for (int64_t j = 0; j < count; ++j) chunk[j] = x_[index(keys[begin + j])];
+                fn(chunk, count);
+            }
+            return;
+        }
+        for (int64_t begin = 0; begin < n_; begin += kChunk) {
+            const int64_t count = n_ - begin < kChunk ? n_ - begin : kChunk;
+            for (int64_t b = begin / kBlock; b * kBlock < begin + count; ++b) hold(b);
+            if (cut_ == 0) {
+                fn(x_ + begin, count);
+                continue;
+            }
+            for (int64_t j = 0; j < count; ++j) {
+                const F x = x_[begin + j];
+                chunk[j] = key(x, static_cast<uint32_t>(begin + j)) >= cut_ ? x : static_cast<F>(-INFINITY);
+            }
+            fn(chunk, count);
+        }
+    }
+
+    int64_t total() const {
+        int64_t sum = 0;
+        for_kept([&](const F* x, int64_t count) {
+            int64_t weight[kChunk];
+            weigh<F>(x, count, top_, temperature_, weight);
+            for (int64_t j = 0; j < count; ++j) sum += weight[j];
+        });
+        return sum;
+    }
+
+    static double log_of(int64_t mass) { return noise_log(static_cast<double>(mass) * 0x1p-42); }
+    double log_total() const { return log_of(total()); }
+
+    struct Moments {
+        int64_t mass = 0, moment = 0;
+        double log_total = 0, entropy = 0;
+    };
+
+    Moments moments() const {
+        Moments out;
+        for_kept([&](const F* x, int64_t count) {
+            int64_t weight[kChunk], moment[kChunk];
+            weigh_moments<F>(x, count, top_, temperature_, weight, moment);
+            for (int64_t j = 0; j < count; ++j) out.mass += weight[j], out.moment += moment[j];
+        });
+        out.log_total = log_of(out.mass);
+        out.entropy = out.log_total + static_cast<double>(out.moment) / static_cast<double>(out.mass);
+        return out;
+    }
+
+    // Everything that is kept as a list, unsorted.
+    void make_list() {
+        if (have_list_) return;
+        collect(cut_ == 0 ? static_cast<F>(-INFINITY) : O::value(static_cast<Bits>(cut_ >> 32)), list());
+        if (cut_ != 0) drop_below(cut_);
+        have_list_ = true;
+        sorted_ = false;
+    }
+
+    void drop_below(Key least) {
+        auto& keys = list();
+        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k < least; }), keys.end());
+    }
+
+    // The first of what is kept.
+    Key first() const {
+        if (have_list_) return *std::max_element(list().begin(), list().end());
+        return key(max_, this->first_index());
+    }
+
+    // Keep keys from `least` on, which is not above the first.
+    void keep_from(Key least) {
+        if (have_list_) {
+            drop_below(least);
+            return;
+        }
+        if (least > cut_) cut_ = least;
+        shrink();
+    }
+
+    // A list in the place of a cut where few blocks reach it.
+    void shrink() {
+        const F bound = O::value(static_cast<Bits>(cut_ >> 32));
+        int64_t blocks = 0;
+        for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
+        if (blocks <= 64) make_list();
+    }
+
+    // Keep the tokens whose z satisfies a condition that holds for a prefix, and at least the first. The least value for
+    // which it holds is found by bisection over the ordered bits of the floats.
+    template <class Holds>
+    void keep_where(Holds holds) {
+        const F top = static_cast<F>(top_);
+        if (!holds(z_of(top))) {
+            keep_from(first());
+            return;
+        }
+        Bits low = O::ordered(-std::numeric_limits<F>::max()), high = O::ordered(top);
+        if (holds(z_of(O::value(low)))) return;  // for everything that lives
+        while (high - low > 1) {
+            const Bits middle = low + (high - low) / 2;
+            (holds(z_of(O::value(middle))) ? high : low) = middle;
+        }
+        keep_from(static_cast<Key>(high) << 32);
+    }
+
+    void least(double log_least, double log_sum) {
+        keep_where([&](double z) { return z - log_sum >= log_least; });
+    }
+
+    // Every living key whose value is at least `bound`, in order of index.
+    void collect(F bound, std::vector<Key>& out) const {
+        out.clear();
+        for (int64_t b = 0; b < block_count(); ++b)
+            if (maxima()[b] >= bound) collect_block(b, bound, out);
+    }
+
+    void collect_block(int64_t b, F low, F high, std::vector<Key>& out) const {
+        hold(b);
+        for (int64_t i = b * kBlock; i < block_end(b); ++i)
+            if (x_[i] >= low && x_[i] <= high && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
+    }
+
+    void collect_block(int64_t b, F bound, std::vector<Key>& out) const {
+        hold(b);
+        const int64_t begin = b * kBlock, end = block_end(b);
+        int64_t i = begin;
+#ifdef TWODICE_LEVEL_AVX2
+        if constexpr (sizeof(F) == 4) {
+            const __m256 least = _mm256_set1_ps(bound);
+            for (; i + 8 <= end; i += 8) {
+                const __m256 v = _mm256_loadu_ps(reinterpret_cast<const float*>(x_ + i));
+                unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ)));
+                while (mask != 0) {
+                    const int64_t at = i + __builtin_ctz(mask);
+                    if (x_[at] > -INFINITY) out.push_back(key(x_[at], static_cast<uint32_t>(at)));
+                    mask &= mask - 1;
+                }
+            }
+        }
+#endif
+        for (; i < end; ++i)
+            if (x_[i] >= bound && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
+    }
+
+    // The `count` first keys of the rank order, unsorted; fewer where fewer live. The count-th largest of the maxima of
+    // blocks, or of groups of blocks, which are fewer to look at, is not above the count-th largest value: only blocks that
+    // reach it are read again.
+    void select(int64_t count, std::vector<Key>& out) {
+        F bound = -INFINITY;
+        if (count <= block_count()) {
+            int64_t group = 1;
+            while (group < 8 && block_count() / (2 * group) >= 2 * count) group *= 2;
+            auto& most = buffers().copy;
+            most.clear();
+            for (int64_t b = 0; b < block_count(); b += group) {
+                F m = maxima()[b];
+                for (int64_t j = b + 1; j < b + group && j < block_count(); ++j) m = maxima()[j] > m ? maxima()[j] : m;
+                most.push_back(m);
+            }
+            std::nth_element(most.begin(), most.begin() + (count - 1), most.end(), std::greater<F>());
+            bound = most[count - 1];
+        }
+        collect(bound, out);
+        if (static_cast<int64_t>(out.size()) > count) {
+            std::nth_element(out.begin(), out.begin() + (count - 1), out.end(), std::greater<Key>());
+            out.resize(count);
+        }
+    }
+
+    void sort_list() {
+        if (!sorted_) std::sort(list().begin(), list().end(), std::greater<Key>());
+        sorted_ = true;
+    }
+
+    // Length of the shortest prefix of the list at which `reached` becomes true, when the tokens are added one by one in
+    // order of rank, or the whole length; the list is put so that this prefix stands first. `add(sum, values, count)`
+    // adds a chunk. Halves the part in which the end must lie, without sorting all of it.
+    template <class Sum, class Add, class Reached>
+    int64_t prefix(Sum sum, Add add, Reached reached) {
+        auto& keys = list();
+        int64_t low = 0, high = static_cast<int64_t>(keys.size());
+        F chunk[kChunk];
+        while (!sorted_ && high - low > 64) {
+            const int64_t middle = low + (high - low) / 2;
+            std::nth_element(keys.begin() + low, keys.begin() + middle, keys.begin() + high, std::greater<Key>());
+            Sum left = sum;
+            for (int64_t begin = low; begin < middle; begin += kChunk) {
+                const int64_t count = middle - begin < kChunk ? middle - begin : kChunk;
+                for (int64_t j = 0; j < count; ++j) chunk[j] = x_[index(keys[begin + j])];
+                add(left, chunk, count);
+            }
+            if (reached(left)) {
+                high = middle;
+            } else {
+                low = middle;
+                sum = left;
+            }
+        }
+        if (!sorted_) std::sort(keys.begin() + low, keys.begin() + high, std::greater<Key>());
+        for (int64_t j = low; j < high; ++j) {
+            add(sum, &x_[index(keys[j])], 1);
+            if (reached(sum)) return j + 1;
+        }
+        return static_cast<int64_t>(keys.size());
+    }
+
+    double top_ = 0, temperature_ = 1;
+    Key cut_ = 0;
+    bool have_list_ = false, sorted_ = false;
+};
