@@ -11,28 +11,18 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twodice.kernels import dispatch
 from twodice.kernels.sampling_reference import reference
-from twodice.kernels.sampling_settings import NEEDS, Past, Sampled, Settings
+from twodice.kernels.sampling_settings import NEEDS, Draw, Past, Sampled, Settings
 
 _TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float64: (3, 8)}
 _WORTH_A_THREAD = 131072  # values; below, a second thread costs more than it saves
 _BITS = {name: 1 << i for i, name in enumerate(NEEDS)}
 _FLOATS = tuple(name for name in NEEDS if name not in ("rank", "kept"))
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """Where the noise of R rows stands: int64 bits of keys, and coordinates, a row each or one for all."""
-
-    keys: Tensor
-    position: int | Tensor
-    completion: int | Tensor
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -185,6 +185,15 @@ class Past:
     prompts: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Where the noise of R rows stands: int64 bits of keys, and coordinates, a row each or one for all."""
+
+    keys: Tensor
+    position: int | Tensor
+    completion: int | Tensor
+
+
 @dataclass(slots=True)
 class Sampled:
     """What is returned for R rows; a field that was not asked for is None.

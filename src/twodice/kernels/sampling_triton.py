@@ -22,9 +22,8 @@ from torch import Tensor
 
 from twodice.kernels import sampling_triton_kernels as kernels
 from twodice.kernels.philox_triton import INTERPRETED
-from twodice.kernels.sampling import Draw
 from twodice.kernels.sampling_edit import bad_rows, edit
-from twodice.kernels.sampling_settings import LISTS, Past, Rule, Sampled, Settings, Stage, Status
+from twodice.kernels.sampling_settings import LISTS, Draw, Past, Rule, Sampled, Settings, Stage, Status
 
 _SERVED = (0, Stage.TEMPERATURE, Stage.GREEDY, Stage.TOP_K, Stage.TOP_P, Stage.MIN_P)
 _OTHER_ORDER = int(Rule.TIES_AT_K | Rule.HIGH_ID_FIRST | Rule.JOINT)

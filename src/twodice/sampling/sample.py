@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
-from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Past, Sampled, Settings, Status
+from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Draw, Past, Sampled, Settings, Status
 from twodice.sampling.arrays import returned, tensor_of
 from twodice.sampling.chain import Packed, bits_of, fresh_key, key_of, pack
 from twodice.sampling.params import SamplingParams
@@ -271,9 +271,7 @@ def sample(
         )
     past = history_of(history, packed.settings, rows, vocabulary)
     seeds, keys = _seed_rows(packed, rows)
-    draw = kernel.Draw(
-        keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
-    )
+    draw = Draw(keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion"))
     mask, start = mask_of(allowed_mask, rows, vocabulary, logits.device), _state(state, rows)
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")

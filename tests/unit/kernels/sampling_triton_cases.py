@@ -21,9 +21,8 @@ from tests.support.triton_kernels import DEVICE, INTERPRETED, interpret_quickly
 
 from twodice.kernels import dispatch, sampling_triton
 from twodice.kernels.noise_triton import exp, gumbel, log, weights
-from twodice.kernels.sampling import Draw
 from twodice.kernels.sampling_reference import reference
-from twodice.kernels.sampling_settings import Past, Sampled, Settings
+from twodice.kernels.sampling_settings import Draw, Past, Sampled, Settings
 from twodice.kernels.sampling_triton import not_served, sample_triton
 from twodice.random import noise
 from twodice.sampling.chain import pack
