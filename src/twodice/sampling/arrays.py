@@ -19,6 +19,8 @@ from torch import Tensor
 
 from twodice.errors import ShapeError
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What logits may be. torch has floats of 8 bits too, which nobody draws from."""
 Result = TypeVar("Result")
 Leave = Callable[[Tensor], Any]
 

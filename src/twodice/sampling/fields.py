@@ -151,9 +151,13 @@ def bias(value: Any) -> tuple[tuple[int, float], ...]:
     try:
         for token, add in pairs:
             if isinstance(token, str):  # JSON has no integer names
-                token = int(token)
+                token, text = int(token), token
+                if str(token) != text:  # int() also reads "05", "1_0" and " 5"
+                    raise ConfigError(f"a token id of logit_bias must be written as {token}; got {text!r}")
             if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < 2**32:
                 raise ConfigError(f"a token id of logit_bias must be an integer in [0, 2^32); got {token!r}")
+            if token in found:
+                raise ConfigError(f"logit_bias must name each token once; got {token} twice: drop one")
             found[token.__index__()] = float(number("logit_bias", add, f" at token {token!r}"))
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):

@@ -147,7 +147,7 @@ class SamplingParams:
             if field.kind == "ids":
                 put(self, name, token_ids(name, value))
             elif field.kind == "bias":
-                put(self, name, bias(value))
+                put(self, name, bias(value) or None)
             elif field.kind != "names":
                 put(self, name, number(name, value))
         if self.order is not None:
@@ -186,7 +186,12 @@ class SamplingParams:
         order = self.order if self.order is not None else ORDER
         if self.profile is not None:
             order = profile(self.profile).order
-        on = {name for name in ORDER if not is_off(SWITCH[name], getattr(self, SWITCH[name]))}
+        off = {} if self.profile is None else profile(self.profile).off
+        on = {
+            name
+            for name in ORDER
+            if not is_off(switch := SWITCH[name], value := getattr(self, switch)) and value != off.get(switch)
+        }
         if not is_off("dynatemp_range", self.dynatemp_range):
             on.add("temperature")
         return tuple(name for name in order if name in on) + tuple(sorted(on - set(order)))

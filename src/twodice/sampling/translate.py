@@ -30,6 +30,14 @@ _LIMITS = {
     "sglang": {"presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
                "repetition_penalty": (1e-6, 2.0)},
 }  # fmt: skip
+# A value that the engine refuses or takes for off, and one that keeps the same tokens there.
+_INSTEAD = {
+    ("vllm", "top_p", 0.0): ("refuses", "top_k", 1),
+    ("sglang", "top_p", 0.0): ("refuses", "top_k", 1),
+    ("hf", "top_h", 0.0): ("refuses", "top_h", 1e-9),
+    ("hf", "typical_p", 0.0): ("refuses", "typical_p", 1e-9),
+    ("llama.cpp", "top_n_sigma", 0.0): ("takes for off", "top_n_sigma", 1e-6),
+}
 _UNASKED = {
     "hf": {"top_k": "50"},
     "llama.cpp": {"temperature": "0.8", "top_k": "40", "top_p": "0.95", "min_p": "0.05"},
@@ -116,6 +124,10 @@ class _Work:
             if f.name not in ("profile", "order") and not is_off(f.name, getattr(source, f.name))
         }
         self.given["profile"] = None if to == OURS else to
+        for name, off in self.a.off.items() if self.a is not None else ():
+            if self.given.get(name) == off:
+                del self.given[name]
+                self.said.append(f"{name} of {off:g} is dropped: {from_} takes it for off.")
 
     def on(self, name: str) -> bool:
         """Whether a setting still acts."""
@@ -143,6 +155,8 @@ class _Work:
         """Leave out what the other engine does not have, or does not do beside what is set."""
         if self.b is None:
             return
+        if self.given.get("xtc_by_expectation") and self.on("xtc_probability") and "xtc" in self.b.order:
+            self.said.append(f"xtc_by_expectation is dropped: {self.to} throws the coin.")
         for name in [n for n in self.given if n not in self.b.served | EVERYWHERE]:
             value = self.given.pop(name)
             if name == "penalty_range":
@@ -166,33 +180,36 @@ class _Work:
             self.given["temperature"] = 0.0 if t < 1e-5 else 0.01
             what = "takes the most probable token below 1e-5" if t < 1e-5 else "raises it to 0.01"
             self.said.append(f"temperature is {t:g}: vllm {what}.")
-        if self.to in ("vllm", "sglang") and self.given.get("top_p") == 0:
-            del self.given["top_p"]
-            self.given["top_k"] = 1
-            self.said.append(f"top_p of 0, which {self.to} refuses, is top_k of 1: one token stays.")
+        if self.to == "sglang" and 0 < t < 1e-6:
+            self.given["temperature"] = 0.0
+            self.said.append(f"temperature is {t:g}: sglang takes the most probable token below 1e-6.")
+        for (engine, name, value), (verb, other, near) in _INSTEAD.items():
+            if engine == self.to and self.given.get(name) == value:
+                del self.given[name]
+                self.given[other] = near
+                self.said.append(f"{name} of {value:g}, which {engine} {verb}, is {other} of {near:g}.")
         for name, (low, high) in _LIMITS.get(self.to, {}).items():
             value = self.given.get(name)
             if value is None:
                 continue
             if name == "logit_bias":
-                near: Any = tuple((id, min(max(add, low), high)) for id, add in value)
+                within: Any = tuple((id, min(max(add, low), high)) for id, add in value)
             else:
-                near = min(max(value, low), high)
-            if near != value:
-                self.given[name] = near
+                within = min(max(value, low), high)
+            if within != value:
+                self.given[name] = within
                 self.said.append(
                     f"{name} is brought into [{low:g}, {high:g}], which is all that {self.to} takes."
                 )
-        if self.from_ == "llama.cpp" and self.source.top_n_sigma == 0:
-            self.given.pop("top_n_sigma", None)
-            self.said.append("top_n_sigma of 0 is dropped: llama.cpp takes it for off.")
-        if self.to == "llama.cpp" and self.given.get("top_n_sigma") == 0:
-            self.given["top_n_sigma"] = 1e-6
-            self.said.append("top_n_sigma of 0 is 1e-6: llama.cpp takes 0 for off.")
 
     def order(self) -> None:
         """Stages that run the other way round, where both are on and it matters."""
-        first = [stage for stage in self.source.stages if self.on(SWITCH[stage]) or stage == "temperature"]
+        warm = self.on("temperature") or self.on("dynatemp_range")
+        first = [
+            stage
+            for stage in self.source.stages
+            if (warm if stage == "temperature" else self.on(SWITCH[stage]))
+        ]
         if self.b is None:
             rest = [stage for stage in ORDER if stage not in first]
             if first != [stage for stage in ORDER if stage in first]:
@@ -267,6 +284,11 @@ class _Work:
 
     def unasked(self) -> None:
         """What acts there where nothing is said, and the seed."""
+        if self.to == "llama.cpp" and self.on("dry_multiplier") and not self.on("dry_breakers"):
+            self.said.append(
+                'Say that there are no sequence breakers: llama.cpp has newline, ":", \'"\' and "*" where nothing '
+                "is said."
+            )
         silent = {name: value for name, value in _UNASKED.get(self.to, {}).items() if not self.on(name)}
         if silent and not self.source.greedy:
             words = ", ".join(f"{name} {_OFF[name]}" for name in silent)

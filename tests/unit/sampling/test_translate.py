@@ -39,6 +39,15 @@ def said(settings: dict[str, Any], from_: str, to: str) -> tuple[SamplingParams,
         ("llama.cpp", "vllm", {"temperature": 1e-6}, "takes the most probable token below 1e-5"),
         (OURS, "vllm", {"presence_penalty": 3.0}, r"presence_penalty is brought into [-2, 2]"),
         (OURS, "sglang", {"top_p": 0.0}, "is top_k of 1"),
+        (OURS, "sglang", {"temperature": 1e-7}, "sglang takes the most probable token below 1e-6"),
+        (OURS, "hf", {"top_h": 0.0}, "top_h of 0, which hf refuses, is top_h of 1e-09"),
+        (OURS, "hf", {"typical_p": 0.0}, "typical_p of 0, which hf refuses, is typical_p of 1e-09"),
+        (OURS, "llama.cpp", {"top_n_sigma": 0.0}, "top_n_sigma of 0, which llama.cpp takes for off, is"),
+        ("llama.cpp", "vllm", {"top_n_sigma": 0.0}, "top_n_sigma of 0 is dropped: llama.cpp takes it for off."),
+        (OURS, "llama.cpp", {"xtc_probability": 0.5, "xtc_by_expectation": True}, "llama.cpp throws the coin"),
+        (OURS, "llama.cpp", {"dry_multiplier": 0.8}, "Say that there are no sequence breakers: llama.cpp has"),
+        (OURS, "hf", {"dynatemp_range": 0.3, "min_p": 0.1}, "dynatemp_range is dropped: hf has none"),
+        ("llama.cpp", "hf", {"dynatemp_range": 0.3, "min_p": 0.1}, "dynatemp_range is dropped: hf has none"),
         (OURS, "llama.cpp", {"mirostat_tau": 5.0, "top_k": 40}, "top_k is dropped: llama.cpp ignores it"),
         (OURS, "hf", {"top_h": 0.5}, "100 most probable tokens"),
         (OURS, "llama.cpp", {"typical_p": 0.5}, "cuts ties in typical_p by its sort"),
@@ -103,6 +112,19 @@ def test_whatever_is_said_the_other_engine_takes_it_and_ours_is_the_same_distrib
         ours = sample(x, found, 0, need=("kept", "entropy"))
         assert torch.equal(theirs.kept[1], ours.kept[1]) and torch.equal(theirs.entropy, ours.entropy)
         assert torch.equal(theirs.tokens, ours.tokens)
+
+
+def test_a_coin_instead_of_the_expectation_leaves_room_for_stages_behind_it() -> None:
+    settings = {"xtc_probability": 0.5, "xtc_by_expectation": True, "temperature": 0.7}
+    params, sentences = said(settings, OURS, "llama.cpp")
+    assert params.xtc_by_expectation is None and params.temperature == 0.7
+    assert sentences.count("is dropped") == 1
+
+
+def test_nothing_of_what_is_dropped_is_said_twice() -> None:
+    for to in (OURS, "vllm", "hf"):
+        assert said({"top_n_sigma": 0.0}, "llama.cpp", to)[1].count("top_n_sigma") == 1
+    assert "breakers" not in said({"dry_multiplier": 0.8, "dry_breakers": [5]}, OURS, "llama.cpp")[1]
 
 
 def test_every_pair_of_engines_takes_everything() -> None:
