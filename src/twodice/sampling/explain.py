@@ -123,7 +123,7 @@ def explain(
     *Randomness*: the same coordinates as the draw that is explained, hence the same token. Costs one draw for
     each stage that is on, and three.
     """
-    logits = tensor_of("logits", logits)
+    logits = tensor_of("logits", logits).detach()
     row = logits[None] if logits.ndim == 1 else logits
     if row.ndim != 2 or row.shape[0] != 1:
         raise ShapeError(f"explain takes one row, (V,) or (1, V); got {tuple(logits.shape)}: take one row")
@@ -131,6 +131,9 @@ def explain(
         raise ConfigError(f"explain takes one SamplingParams; got {type(params).__name__}")
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise ConfigError(f"top must be an integer of at least 0; got {top!r}")
+    for name, one in (("position", position), ("completion", completion)):
+        if isinstance(one, bool) or not isinstance(one, int):
+            raise ConfigError(f"{name} must be an integer, for there is one row; got {one!r}")
     if isinstance(state, int | float):
         state = torch.tensor([state], dtype=torch.float64)
 

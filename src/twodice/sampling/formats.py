@@ -58,15 +58,15 @@ _UNSERVED: dict[str, Any] = {
 
 # The other fields of GenerationConfig: how long a text is, what is returned, how fast it comes.
 _NO_CHOICE = frozenset(
-    "do_sample eos_token_id suppress_tokens bad_words_ids sequence_bias min_new_tokens max_length max_new_tokens "
-    "max_time stop_strings early_stopping length_penalty num_return_sequences bos_token_id pad_token_id "
-    "decoder_start_token_id use_cache cache_implementation cache_config max_cache_len return_legacy_cache "
-    "prefill_chunk_size low_memory compile_config disable_compile continuous_batching_config output_attentions "
-    "output_hidden_states output_scores output_logits return_dict_in_generate remove_invalid_values "
-    "renormalize_logits is_assistant num_assistant_tokens num_assistant_tokens_schedule "
-    "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind "
-    "target_lookbehind prompt_lookup_num_tokens max_matching_ngram_size speculation_type use_mtp "
-    "transformers_version".split()
+    "do_sample eos_token_id suppress_tokens bad_words_ids sequence_bias min_new_tokens max_length "
+    "max_new_tokens max_time stop_strings early_stopping length_penalty num_return_sequences bos_token_id "
+    "pad_token_id decoder_start_token_id use_cache cache_implementation cache_config max_cache_len "
+    "return_legacy_cache prefill_chunk_size low_memory compile_config disable_compile "
+    "continuous_batching_config output_attentions output_hidden_states output_scores output_logits "
+    "return_dict_in_generate remove_invalid_values renormalize_logits is_assistant num_assistant_tokens "
+    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit "
+    "assistant_ensemble_weight assistant_lookbehind target_lookbehind prompt_lookup_num_tokens "
+    "max_matching_ngram_size speculation_type use_mtp transformers_version".split()
 )
 
 
@@ -86,13 +86,15 @@ def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None 
         If a field is unknown (with the nearest name), a value is out of range, or the config asks for beams,
         for words of several tokens, or for another stage that is not there; if it samples at temperature 0.
     """
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise ConfigError(f"generation_config must be a mapping, or transformers' object; got {config!r}")
     mapping: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     known = _NO_CHOICE.union(GENERATION, _UNSERVED)
     for name in mapping:
         if name not in known and not name.startswith("_"):  # transformers' own marks begin so
             raise ConfigError(
-                f"unknown field of generation_config {name!r}{nearest(name, known)}; remove it if it does not "
-                "change which token is drawn"
+                f"unknown field of generation_config {name!r}{nearest(name, known)}; remove it if it "
+                "does not change which token is drawn"
             )
     unserved = {
         name: mapping[name]
@@ -118,7 +120,8 @@ def _words(mapping: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     eos = mapping.get("eos_token_id")
     ends = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
-    banned = set(mapping.get("suppress_tokens") or ())
+    suppressed = mapping.get("suppress_tokens")
+    banned = set(token_ids("banned_tokens", suppressed) if suppressed else ())
     # transformers leaves the end token out of its bad words: a text could not end
     banned |= {_one("bad_words_ids", word) for word in mapping.get("bad_words_ids") or ()} - set(ends)
     if banned:
@@ -240,6 +243,8 @@ def from_openai(request: Mapping[str, Any]) -> SamplingParams:
     ConfigError
         If a field is unknown (with the nearest name), not served, or out of the interval of the API.
     """
+    if not isinstance(request, Mapping):
+        raise ConfigError(f"a request must map names of fields to values; got {request!r}")
     found: dict[str, Any] = {}
     for name, value in request.items():
         if name in _OTHER_BUSINESS or value is None:

@@ -105,15 +105,17 @@ PROFILES: dict[str, Profile] = {
 
 def profile(name: str) -> Profile:
     """The profile of this name, or an error with the nearest."""
-    if name not in PROFILES:
+    if not isinstance(name, str) or name not in PROFILES:
         raise ConfigError(
-            f"profile must be one of {', '.join(PROFILES)}; got {name!r}{nearest(name, PROFILES)}"
+            f"profile must be one of {', '.join(PROFILES)}; got {name!r}{nearest(str(name), PROFILES)}"
         )
     return PROFILES[name]
 
 
 def check_order(order: Iterable[str], active: Iterable[str]) -> tuple[str, ...]:
     """Return `order` as a tuple; each name known, none twice, none missing that is active."""
+    if isinstance(order, str) or not isinstance(order, Iterable):
+        raise ConfigError(f"order must be a list of stages, of {', '.join(ORDER)}; got {order!r}")
     found = tuple(order)
     for name in found:
         if name not in ORDER:

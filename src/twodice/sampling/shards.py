@@ -41,7 +41,7 @@ from twodice.kernels.sampling_edit import edit
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, Past, Rule, Sampled, Settings, Stage
 from twodice.random import noise
 from twodice.sampling.arrays import FLOATS, tensor_of
-from twodice.sampling.chain import Packed, pack
+from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import History, coordinate, history_of, mask_of, needs_of, sample
 
@@ -135,9 +135,7 @@ def shard_candidates(
             f"a shard must lie in the vocabulary, which is at most 2^20; got ids {begin} to {begin + n} of "
             f"{vocabulary}"
         )
-    given = (params,) * rows if isinstance(params, SamplingParams) else tuple(params)
-    if len(given) != rows:
-        raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(given)}")
+    given = each_row(params, rows)
     asked = needs_of(need)
     packed = pack(given) if rows else pack(SamplingParams(seed=0))
     if not packed.all_seeded:

@@ -31,7 +31,7 @@ from torch import Tensor
 from twodice.errors import ConfigError, RequestError, ShapeError
 from twodice.kernels.sampling_settings import Past, Sampled
 from twodice.sampling.arrays import returned, tensor_of
-from twodice.sampling.chain import Packed, pack
+from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import History, coordinate, history_of, needs_of, raise_on_bad, sample
 
@@ -291,9 +291,7 @@ def _checked(
     lengths = there.sum(1)
     if not torch.equal(there, torch.arange(width - 1) < lengths[:, None]):
         raise ShapeError("a shorter draft must end in -1, with no token behind the first -1; got one")
-    given = (params,) * rows if isinstance(params, SamplingParams) else tuple(params)
-    if len(given) != rows:
-        raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(given)}")
+    given = each_row(params, rows)
     packed = pack(given) if rows else pack(SamplingParams(seed=0))
     if not packed.all_seeded:
         raise RequestError(

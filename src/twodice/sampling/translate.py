@@ -94,6 +94,10 @@ def translate(params: SamplingParams, *, from_: str, to: str) -> Translation:
             raise ConfigError(
                 f"{name} must be one of {', '.join(ENGINES)}; got {engine!r}{nearest(str(engine), ENGINES)}"
             )
+    if not isinstance(params, SamplingParams):
+        raise ConfigError(
+            f"params must be SamplingParams; got {params!r}: SamplingParams.parse reads a mapping"
+        )
     if params.profile not in (None, from_):
         raise ConfigError(
             f"params has profile {params.profile!r} and from_ is {from_!r}; drop one of the two"
@@ -189,14 +193,14 @@ class _Work:
                 self.given[other] = near
                 self.said.append(f"{name} of {value:g}, which {engine} {verb}, is {other} of {near:g}.")
         for name, (low, high) in _LIMITS.get(self.to, {}).items():
-            value = self.given.get(name)
-            if value is None:
+            was = self.given.get(name)
+            if was is None:
                 continue
             if name == "logit_bias":
-                within: Any = tuple((id, min(max(add, low), high)) for id, add in value)
+                within: Any = tuple((id, min(max(add, low), high)) for id, add in was)
             else:
-                within = min(max(value, low), high)
-            if within != value:
+                within = min(max(was, low), high)
+            if within != was:
                 self.given[name] = within
                 self.said.append(
                     f"{name} is brought into [{low:g}, {high:g}], which is all that {self.to} takes."
@@ -286,8 +290,8 @@ class _Work:
         """What acts there where nothing is said, and the seed."""
         if self.to == "llama.cpp" and self.on("dry_multiplier") and not self.on("dry_breakers"):
             self.said.append(
-                'Say that there are no sequence breakers: llama.cpp has newline, ":", \'"\' and "*" where nothing '
-                "is said."
+                "Say that there are no sequence breakers: llama.cpp has newline, colon, quotation mark and "
+                "star where nothing is said."
             )
         silent = {name: value for name, value in _UNASKED.get(self.to, {}).items() if not self.on(name)}
         if silent and not self.source.greedy:

@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_an_error() -> None:
         merge_shards(parts, params, 0, need=("raw_logprob",))
     with pytest.raises(ShapeError, match=r"of one type; got torch.float32 and torch.float64"):
         merge_shards([parts[0], *split(x.double(), [4, 8], params, 0, vocabulary=8)], params, 0)
-    with pytest.raises(ShapeError, match="floats of 16, 32 or 64 bits; .* of torch.float8_e4m3fn"):
+    with pytest.raises(ShapeError, match=r"16, 32 or 64 bits; .* of torch\.float8_e4m3fn"):
         shard_candidates(x.to(torch.float8_e4m3fn), params, 0, begin=0, vocabulary=8)
     with pytest.raises(RequestError, match="must have a seed"):
         shard_candidates(x, SamplingParams(), 0, begin=0, vocabulary=8)
