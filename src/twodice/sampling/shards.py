@@ -21,7 +21,7 @@ all ids of the shard, up to rounding. The row's highest token scores at least -3
 so the ids that count lie within 49 of the top, where that rounding stays below 1e-13.
 
 For "none" the kernel draws twice on the shard, the second time without the first winner. Where the two
-scores lie within 1e-9 of each other, once in a billion rows, torch computes the scores of all ids.
+scores are that near, about once in a billion rows, torch computes the scores of all ids.
 
 Letters: R rows, V vocabulary, n ids of a shard.
 """
@@ -157,8 +157,10 @@ def shard_candidates(
     sent = living > -torch.inf
     if rows and n:
         _narrow(sent, edited, packed, set(asked), begin, where, which)
-    for x in (raw, edited):  # a row that cannot be served says so in the merge too
-        sent |= x.isnan() | (x == torch.inf)
+        for x in (raw,) if edited is raw else (raw, edited):
+            # A row that cannot be served says so in the merge too; the maximum is NaN where one logit is.
+            bad = (~(x.amax(1) < torch.inf)).nonzero()[:, 0]
+            sent[bad] |= ~(x[bad] < torch.inf)
     offsets = torch.zeros(rows + 1, dtype=torch.int64)
     offsets[1:] = sent.sum(1).cumsum(0)
     return ShardCandidates(
@@ -209,31 +211,33 @@ def _narrow(
     for kind in {kind for kind, _ in plans} - {"all"}:
         at = torch.tensor([i for i, (found, _) in enumerate(plans) if found == kind], dtype=torch.int64)
         part = x[at]
-        top = part.amax(1, keepdim=True)
         temperature = torch.tensor([plans[i][1] for i in at.tolist()], dtype=torch.float64)[:, None]
         if kind == Stage.GREEDY:
-            stays = part == top
+            stays = part == part.amax(1, keepdim=True)
         elif kind == Stage.TOP_K:
             k = torch.from_numpy(table["top_k"][at.numpy()]).clamp(max=n)[:, None]
             stays = part >= part.topk(int(k.max()), dim=1).values.gather(1, k - 1)
+        elif kind == Stage.MIN_P:
+            # The row's top is not below ours, so its z is not above ours, rounding included.
+            least = torch.from_numpy(table["log_min_p"][at.numpy()].copy())[:, None]
+            stays = _z(part, part.amax(1, keepdim=True), temperature) >= least
         else:
-            # In float64, operation by operation as the chain does it. Its top is not below ours, so its z is
-            # not above ours, rounding included.
-            z = (part.to(torch.float64) - top.to(torch.float64)) / temperature
-            if kind == Stage.MIN_P:
-                stays = z >= torch.from_numpy(table["log_min_p"][at.numpy()].copy())[:, None]
-            else:
-                where, which = (
-                    one if isinstance(one, int) else one[at].contiguous() for one in (position, completion)
-                )
-                draw = Draw(packed.keys[at.numpy()], where, which)
-                stays = _scores_that_count(part, z, temperature, draw, begin)
-                stays.scatter_(1, part.argmax(1, keepdim=True), True)
+            where, which = (
+                one if isinstance(one, int) else one[at].contiguous() for one in (position, completion)
+            )
+            draw = Draw(packed.keys[at.numpy()], where, which)
+            stays = _scores_that_count(part, temperature, draw, begin)
         sent[at] &= stays
 
 
-def _scores_that_count(x: Tensor, z: Tensor, temperature: Tensor, draw: Draw, begin: int) -> Tensor:
-    """The ids of each row whose score is near the best: by two draws, and by all noise where these are near.
+def _z(x: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
+    # In float64, operation by operation as the chain does it.
+    return (x.to(torch.float64) - top.to(torch.float64)) / temperature
+
+
+def _scores_that_count(x: Tensor, temperature: Tensor, draw: Draw, begin: int) -> Tensor:
+    """The highest logit of each row, and the ids whose score is near the best: by two draws, and by all noise
+    where these are near.
 
     The second draw counts z from another top if the first winner was the top: it can name an id whose score
     is 1e-13 below the true second, which is within the margin all the same.
@@ -245,28 +249,27 @@ def _scores_that_count(x: Tensor, z: Tensor, temperature: Tensor, draw: Draw, be
     wide = x.new_full((rows, begin + n), -torch.inf)  # noise belongs to the id, so ids keep their places
     wide[:, begin:] = x
     first = choose(wide, settings, draw)[0].tokens
-    there = first >= 0  # not so where a row is empty or cannot be served
-    each = torch.arange(rows)
-    wide[each[there], first[there]] = -torch.inf
+    at = (first >= 0).nonzero()[:, 0]  # not so where a row is empty or cannot be served
+    wide[at, first[at]] = -torch.inf
     second = choose(wide, settings, draw)[0].tokens
-    stays = torch.zeros_like(x, dtype=torch.bool)
-    stays[each[there], first[there] - begin] = True
-    two = torch.stack([first, second], 1)
-    scores = _scores(z.gather(1, (two - begin).clamp(min=0)), two.clamp(min=0), draw, each)
-    near = (second >= 0) & ~(scores[:, 0] - scores[:, 1] > 2 * MARGIN)
-    for row in near.nonzero()[:, 0].tolist():
-        found = _scores(z[row : row + 1], torch.arange(begin, begin + n)[None], draw, each[row : row + 1])[0]
-        stays[row] = found >= found.max() - MARGIN
+    top = x.argmax(1, keepdim=True)
+    stays = torch.zeros_like(x, dtype=torch.bool).scatter_(1, top, True)
+    stays[at, first[at] - begin] = True
+
+    def scores(rows: Tensor, ids: Tensor) -> Tensor:
+        z = _z(x[rows[:, None], ids - begin], x.gather(1, top)[rows], temperature[rows])
+        position, completion = (
+            one if isinstance(one, int) else one[rows, None] for one in (draw.position, draw.completion)
+        )
+        keys = torch.from_numpy(draw.keys.view("int64"))[rows, None]
+        return z + noise.gumbel(ids, position, completion, noise.PURPOSE_TOKEN, keys)
+
+    at = (second >= 0).nonzero()[:, 0]
+    found = scores(at, torch.stack([first, second], 1)[at])
+    for row in at[~(found[:, 0] - found[:, 1] > 2 * MARGIN)][:, None]:
+        found = scores(row, torch.arange(begin, begin + n)[None])
+        stays[row] |= found >= found.max() - MARGIN
     return stays
-
-
-def _scores(z: Tensor, ids: Tensor, draw: Draw, rows: Tensor) -> Tensor:
-    """z + g of these ids of these rows."""
-    position, completion = (
-        one if isinstance(one, int) else one[rows, None] for one in (draw.position, draw.completion)
-    )
-    keys = torch.from_numpy(draw.keys.view("int64"))[rows, None]
-    return z + noise.gumbel(ids, position, completion, noise.PURPOSE_TOKEN, keys)
 
 
 def merge_shards(

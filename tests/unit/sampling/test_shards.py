@@ -135,7 +135,7 @@ def test_shards_that_send_too_little_are_found_out(monkeypatch: pytest.MonkeyPat
     whole = sample(x, params, position).tokens
     assert torch.equal(merge_shards(split(x, cuts, params, position), params, position).tokens, whole)
     right = shards._scores_that_count
-    monkeypatch.setattr(shards, "_scores_that_count", lambda x, z, t, draw, begin: right(x, z, t, draw, 0))
+    monkeypatch.setattr(shards, "_scores_that_count", lambda x, t, draw, begin: right(x, t, draw, 0))
     found = merge_shards(split(x, cuts, params, position), params, position).tokens
     assert not torch.equal(found, whole)
 
