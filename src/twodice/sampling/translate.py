@@ -7,6 +7,8 @@ loads no torch.
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,8 @@ OURS = "twodice"
 ENGINES = (OURS, *PROFILES)
 WHOLE = 2**31 - 1  # a window that no text fills, in the 32 bits that llama.cpp has for it
 
-# The order of these two does not change what is kept: neither looks at what the other takes away.
+# The order of these two does not change what is kept: neither looks at what the other takes away. (But a
+# temperature that moves does.)
 _COMMUTE = {
     frozenset(pair) for pair in (("top_k", "min_p"), ("top_k", "temperature"), ("top_n_sigma", "temperature"))
 }
@@ -127,6 +130,9 @@ class _Work:
             for f in dataclasses.fields(source)
             if f.name not in ("profile", "order") and not is_off(f.name, getattr(source, f.name))
         }
+        for name, field in FIELDS.items():  # a part of what is off says nothing
+            if field.needs and not any(self.on(other) for other in field.needs):
+                self.given.pop(name, None)
         self.given["profile"] = None if to == OURS else to
         for name, off in self.a.off.items() if self.a is not None else ():
             if self.given.get(name) == off:
@@ -140,9 +146,7 @@ class _Work:
     def windows(self) -> None:
         """Say the windows of the penalties and of DRY, which engines set unasked."""
         for name in ("penalty_range", "dry_range"):
-            acts = any(self.on(other) for other in FIELDS[name].needs)
-            if not acts:
-                self.given.pop(name, None)
+            if not any(self.on(other) for other in FIELDS[name].needs):
                 continue
             value = self.source.value(name)
             unasked = self.b.defaults.get(name) if self.b is not None else None
@@ -219,23 +223,34 @@ class _Work:
             if first != [stage for stage in ORDER if stage in first]:
                 self.given["order"] = (*first, *rest)
             return
-        if self.source.greedy:  # one token is left, whatever comes before or after
-            return
+        there = [stage for stage in self.b.order if stage in first]
+        if self.given.get("temperature") == 0 and _greedy_at_once(first) and _greedy_at_once(there):
+            return  # the most probable token is left, whatever else comes before or after
         place = {stage: i for i, stage in enumerate(self.b.order)}
+        commute = {pair for pair in _COMMUTE if "temperature" not in pair or not self.on("dynatemp_range")}
         turned = [
             (x, y)
             for i, x in enumerate(first)
             for y in first[i + 1 :]
-            if x in place and y in place and place[x] > place[y] and frozenset((x, y)) not in _COMMUTE
+            if x in place and y in place and place[x] > place[y] and frozenset((x, y)) not in commute
         ]
         for x, y in turned:
             if {x, y} == {"temperature", "min_p"} and not self.on("dynatemp_range"):
-                self._min_p(x == "temperature")
+                if self.given["temperature"] > 0:
+                    self._min_p(x == "temperature")
+                continue
+            if (x, y) in (("typical_p", "temperature"), ("xtc", "temperature")) and self.source.greedy:
+                self.said.append(
+                    f"{self.from_} runs {x} before temperature=0, and it may take the most probable token "
+                    f"away; {self.to} takes that token."
+                )
                 continue
             reason = "what the one leaves is what the other counts its mass over"
             if "temperature" in (x, y):
                 other = SWITCH[y if x == "temperature" else x]
                 reason = f"the {other} that would keep the same tokens is not constant"
+                if other in ("top_k", "top_n_sigma"):
+                    reason = "a temperature that moves counts the entropy of what is there"
             self.said.append(
                 f"{self.from_} runs {x} before {y}, {self.to} after it, and both are set: {reason}."
             )
@@ -243,7 +258,8 @@ class _Work:
     def _min_p(self, temperature_first: bool) -> None:
         """min-p is a limit on a difference of logits, so a power of it keeps the same tokens."""
         t, m = self.given["temperature"], self.given["min_p"]
-        self.given["min_p"] = m**t if temperature_first else m ** (1 / t)
+        # What underflows would be off; nothing is drawn from there.
+        self.given["min_p"] = max(m**t if temperature_first else m ** (1 / t), sys.float_info.min)
         when = "after" if temperature_first else "before"
         self.said.append(
             f"min_p is {self.given['min_p']:.6g} in place of {m:g}, because {self.to} runs temperature "
@@ -275,6 +291,12 @@ class _Work:
             self.said.append(f"{who} keeps one token more where a mass reaches top_p exactly.")
         if self.on("top_p") and (who := differs("HIGH_ID_FIRST")):
             self.said.append(f"{who} keeps the higher ids of a tie that top_p cuts, {other(who)} the lower.")
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            if self.on(name) and "hf" in (self.from_, self.to):
+                self.said.append(
+                    f"hf keeps all ties with the most probable token where none reaches {name}, "
+                    f"{other('hf')} one of them."
+                )
         if self.on("top_h") and "hf" in (self.from_, self.to):
             self.said.append("top_h in hf looks at the 100 most probable tokens, elsewhere at all.")
         if self.on("typical_p") and "llama.cpp" in (self.from_, self.to):
@@ -302,6 +324,12 @@ class _Work:
             self.said.append(
                 "The seed names other noise there: the distribution can be the same, the tokens are not."
             )
+
+
+def _greedy_at_once(order: Sequence[str]) -> bool:
+    """Whether no stage that may take the most probable token away comes before the temperature."""
+    cold = order.index("temperature") if "temperature" in order else len(order)
+    return not {"typical_p", "xtc"} & set(order[:cold])
 
 
 def _has(profile: Profile | None, rule: str) -> bool:
