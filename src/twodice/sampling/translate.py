@@ -308,12 +308,13 @@ class _Work:
             if self.on(name) and who is not None:
                 self.said.append(f"{name} in {who} counts the prompt too, in {other(who)} the text alone.")
         if self.on("repetition_penalty") and "sglang" in (self.from_, self.to):
+            here = other("sglang")
             self.said.append(
-                f"repetition_penalty in sglang looks at the text alone, in {other('sglang')} at the prompt too."
+                f"repetition_penalty in sglang looks at the text alone, in {here} at the prompt too."
             )
             if self.on("logit_bias"):
                 self.said.append(
-                    f"logit_bias in sglang is added behind repetition_penalty, in {other('sglang')} before it."
+                    f"logit_bias in sglang is added behind repetition_penalty, in {here} before it."
                 )
 
     def unasked(self) -> None:
