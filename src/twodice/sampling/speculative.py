@@ -216,7 +216,9 @@ def verify(
         )
         return returned(found, logits)
     call = _checked(logits, draft_tokens, params, position, history, completion, allowed_mask, need)
-    start = None if state is None else tensor_of("state", state).to("cpu", torch.float64)
+    start = (
+        None if state is None else tensor_of("state", state, numbers=torch.float64).to("cpu", torch.float64)
+    )
     if start is not None and start.shape != (len(call.params),):
         raise ShapeError(
             f"state must be one number a row, ({len(call.params)},); got shape {tuple(start.shape)}"

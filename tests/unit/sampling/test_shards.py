@@ -97,6 +97,10 @@ def test_a_shard_sends_little_where_the_first_filter_needs_no_sum(params: Sampli
     past = (torch.arange(80) * 3, torch.arange(0, 81, 2), torch.zeros(40, dtype=torch.int64))
     parts = split(x, [0, 900, 3000], params, torch.arange(40), history=past)
     assert max(int(part.offsets.diff().max()) for part in parts) <= most
+    for part in parts:  # z is counted from the highest
+        highest = x[:, part.begin : part.end].argmax(1) + part.begin
+        sent = zip(part.offsets.tolist()[:-1], part.offsets.tolist()[1:], highest.tolist(), strict=True)
+        assert params.repetition_penalty or all(top in part.ids[a:b] for a, b, top in sent)
     found = merge_shards(parts, params, torch.arange(40), history=past)
     assert_equal(found, sample(x, params, torch.arange(40), history=past))
 
@@ -107,6 +111,16 @@ def test_a_filter_that_reads_a_sum_makes_a_shard_send_all_that_lives(need: tuple
     x[0, 3] = -torch.inf
     params = SamplingParams(seed=0, top_p=0.5) if not need else SamplingParams(seed=0)
     assert shard_candidates(x, params, 0, begin=0, vocabulary=10, need=need).ids.numel() == 9
+
+
+def test_a_joint_top_p_behind_top_k_reads_a_sum_too() -> None:
+    """SGLang's top-p counts over everything: what top-k drops is part of the sum."""
+    x = torch.log(torch.tensor([[0.3, 0.25, 0.2, 0.15, 0.1]])).repeat(40, 1)
+    params, position = SamplingParams(seed=2, top_k=3, top_p=0.6, profile="sglang"), torch.arange(40)
+    parts = split(x, [0, 2, 5], params, position, need=("kept",))
+    found = merge_shards(parts, params, position, need=("kept",))
+    assert_equal(found, sample(x, params, position, need=("kept",)))
+    assert found.kept[0].diff().tolist() == [3] * 40, "of three alone 0.6 would keep two"
 
 
 def test_padding_the_vocabulary_changes_nothing() -> None:
