@@ -115,7 +115,8 @@ def test_a_filter_that_reads_a_sum_makes_a_shard_send_all_that_lives(need: tuple
 
 def test_a_joint_top_p_behind_top_k_reads_a_sum_too() -> None:
     """SGLang's top-p counts over everything: what top-k drops is part of the sum."""
-    x = torch.log(torch.tensor([[0.3, 0.25, 0.2] + [0.25 / 50] * 50])).repeat(40, 1)
+    tail = torch.linspace(0.0049, 0.0051, 50)  # no ties: a shard would send three of them
+    x = torch.log(torch.cat([torch.tensor([0.3, 0.25, 0.2]), tail])).repeat(40, 1)
     params, position = SamplingParams(seed=2, top_k=3, top_p=0.6, profile="sglang"), torch.arange(40)
     parts = split(x, [0, 3, 53], params, position, need=("kept",))
     found = merge_shards(parts, params, position, need=("kept",))
