@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from twodice.dropout.trainer_callback import DropoutCallback as DropoutCallback
     from twodice.errors import TwodiceError as TwodiceError
     from twodice.random.keys import Key as Key
-    from twodice.sampling.explain import Explanation as Explanation
     from twodice.sampling.explain import explain as explain
+    from twodice.sampling.explanation import Explanation as Explanation
     from twodice.sampling.params import SamplingParams as SamplingParams
     from twodice.sampling.processor import processor as processor
     from twodice.sampling.sample import sample as sample
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DropoutCallback": "twodice.dropout.trainer_callback",
     "DropoutPlan": "twodice.dropout.plan",
-    "Explanation": "twodice.sampling.explain",
+    "Explanation": "twodice.sampling.explanation",
     "Handle": "twodice.dropout.handle",
     "Key": "twodice.random.keys",
     "SamplingParams": "twodice.sampling.params",

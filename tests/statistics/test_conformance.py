@@ -53,6 +53,9 @@ SABOTEURS: list[tuple[Function, str, int, set[str]]] = [
     (broken.first_seed_for_all, "seeds", 10_000, {"independence"}),
     (broken.first_seed_for_all, "batch-size place neighbours repeat", 10_000,
      {"batch-size", "place", "neighbours"}),
+    (broken.settings_of_first, "mixed-batch", 10_000, {"neighbours"}),
+    (broken.NeverTheSame(), "repeat plain neighbouring-rows", 10_000, {"repeat"}),
+    (broken.noise_by_width, "coupling place batch-size repeat", 10_000, {"coupling"}),
     (broken.seed_plus_position, "streams plain", 10_000, {"independence"}),
     (broken.starts_anew, "neighbouring-rows", 20_000, {"independence"}),
     (broken.k_one_more, "top-k", 10_000, {"kept set"}),
@@ -82,6 +85,40 @@ def test_a_broken_sampler_is_rejected_by_the_check_that_is_meant_for_it(
 ) -> None:
     verdict = judge(as_sampler(saboteur), rows=rows.split(), draws=draws)
     assert set(verdict.rejecting()) == kinds, rejected_cells(verdict)
+
+
+@pytest.mark.parametrize(
+    ("saboteur", "rows", "draws", "cells"),
+    [
+        (broken.noise_by_rank, "coupling", 10_000,
+         ["another token raised", "another token lowered"]),
+        (broken.noise_by_width, "coupling", 10_000, ["vocabulary padded with -inf"]),
+        (broken.starts_anew, "neighbouring-rows", 400_000, ["rows, 4,096 apart"]),
+        (broken.seed_plus_position, "streams", 10_000, ["neighbouring seeds, seed + position equal"]),
+    ],
+    ids=["rank", "width", "anew", "seed+position"],
+)  # fmt: skip
+def test_a_defect_shows_in_the_cells_that_are_meant_for_it(
+    saboteur: Function, rows: str, draws: int, cells: list[str]
+) -> None:
+    verdict = judge(as_sampler(saboteur), rows=[rows], draws=draws)
+    rejected = [one.cell.found for one in verdict.judged if one.rejected]
+    assert all(any(found.startswith(cell + ":") for found in rejected) for cell in cells), rejected
+
+
+def test_a_defect_at_one_place_of_many_is_found_and_so_is_one_that_is_everywhere() -> None:
+    """1,000 leaves: the sum of all logarithms does not see one of them, the smallest p-value does; and the
+    other way round for a slope of a hundredth."""
+    generator, n = np.random.default_rng(7), 1_000_000
+    p = np.full(1_000, 1e-3)
+    counts = generator.multinomial(n, p)
+    right = exact.fit(counts, p)
+    one_place = counts.copy()
+    one_place[500] += 330  # ten deviations
+    everywhere = generator.multinomial(n, p * np.linspace(1.1, 0.9, 1_000))
+    found = [exact.fit(table, p) for table in (one_place, everywhere)]
+    assert right is not None and right.p > 1e-6
+    assert all(fit is not None and fit.p < 1e-6 for fit in found), found
 
 
 def test_coarse_noise_shows_in_the_strata_that_it_cannot_reach_and_in_no_other() -> None:

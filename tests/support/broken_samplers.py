@@ -104,6 +104,32 @@ def first_seed_for_all(logits: Tensor, rows: Rows) -> Tensor:
 
 
 @coupled
+def settings_of_first(logits: Tensor, rows: Rows) -> Tensor:
+    """All rows of a call have the settings of its first."""
+    return ours(logits, Rows([rows.kinds[rows.which[0]]], rows.positions, rows.seeds))
+
+
+@coupled
+def noise_by_width(logits: Tensor, rows: Rows) -> Tensor:
+    """The noise depends on the width of the row, as that of a flat index does."""
+    return ours(logits, Rows(rows.kinds, rows.positions, rows.seeds + logits.shape[1], rows.which))
+
+
+class NeverTheSame:
+    """A generator that goes on: it takes seeds and no call gives what the last one gave."""
+
+    __name__ = "never_the_same"
+    offers = ("seeds",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, logits: Tensor, rows: Rows) -> Tensor:
+        self.calls += 1
+        return ours(logits, Rows(rows.kinds, rows.positions, rows.seeds + self.calls, rows.which))
+
+
+@coupled
 def seed_plus_position(logits: Tensor, rows: Rows) -> Tensor:
     """The key is seed + position, so that neighbouring seeds are shifted copies."""
     fixed = np.full_like(rows.seeds, 5)

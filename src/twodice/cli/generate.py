@@ -21,7 +21,7 @@ from twodice.sampling.profiles import SWITCH
 
 if TYPE_CHECKING:
     from twodice.generation.requests import Completion
-    from twodice.sampling.explain import Explanation
+    from twodice.sampling.explanation import Explanation
     from twodice.sampling.params import SamplingParams
 
 #: How many of the model's most probable tokens `--explain` shows.

@@ -24,7 +24,8 @@ from twodice.errors import ContractError, RequestError
 from twodice.generation.cache import RowCache
 from twodice.generation.requests import Completion, FinishReason, Request
 from twodice.generation.text import Detokenizer, TextStream
-from twodice.sampling.explain import Explanation, explain
+from twodice.sampling.explain import explain
+from twodice.sampling.explanation import Explanation
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import SEED_BITS, sample
 

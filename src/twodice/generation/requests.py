@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from twodice.errors import RequestError
-from twodice.sampling.explain import Explanation
+from twodice.sampling.explanation import Explanation
 from twodice.sampling.params import SamplingParams
 
 FinishReason = Literal["end", "stop", "length"]

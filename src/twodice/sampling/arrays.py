@@ -19,6 +19,8 @@ from torch import Tensor
 
 from twodice.errors import ShapeError
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What logits may be. torch has floats of 8 bits too, which nobody draws from."""
 Result = TypeVar("Result")
 Leave = Callable[[Tensor], Any]
 
@@ -46,8 +48,11 @@ def _of_numpy(name: str, array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
 
 
-def tensor_of(name: str, value: Any) -> Tensor:
-    """A tensor over the memory of an array, or of a list of numbers; `name` is what errors call it."""
+def tensor_of(name: str, value: Any, *, numbers: torch.dtype | None = None) -> Tensor:
+    """A tensor over the memory of an array, or of a list of numbers; `name` is what errors call it.
+
+    `numbers` is the type for a list, whose floats torch makes float32 without it.
+    """
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
@@ -60,7 +65,7 @@ def tensor_of(name: str, value: Any) -> Tensor:
                 f"{name} must be an array that torch can read by DLPack; got {type(value).__name__}: {error}"
             ) from error
     try:
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, dtype=numbers)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ShapeError(
             f"{name} must be a tensor, a NumPy array, an array with __dlpack__, or numbers; "

@@ -6,6 +6,7 @@ The file knows the names of settings and the codes of stages; it knows no logits
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twodice.errors import ConfigError, ShapeError
 from twodice.kernels.sampling_settings import Rule, Settings, Stage
 from twodice.random import noise
 from twodice.random.keys import Key
@@ -172,3 +174,20 @@ class Packs:
 
 
 pack = Packs(1 << 26)
+
+
+def each_row(params: Any, rows: int) -> tuple[SamplingParams, ...]:
+    """The settings of each row, from those of all or one a row; what is something else is named."""
+    if isinstance(params, SamplingParams):
+        return (params,) * rows
+    alone = isinstance(params, Mapping) or not isinstance(params, Iterable)
+    given = (params,) if alone else tuple(params)
+    for found in given:
+        if not isinstance(found, SamplingParams):
+            raise ConfigError(
+                f"params must be one SamplingParams or one a row; got {found!r}: "
+                "SamplingParams.parse reads a mapping"
+            )
+    if len(given) != rows:
+        raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(given)}")
+    return given

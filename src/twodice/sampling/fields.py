@@ -6,6 +6,7 @@ The file knows no logits and loads no torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -134,11 +135,14 @@ def number(name: str, value: Any, part: str = "") -> float | int | bool:
             raise ConfigError(f"{name} must be true or false; got {value!r} ({field.help})")
         return value
     whole = field.kind in (int, "ids")
-    if isinstance(value, bool) or not hasattr(value, "__index__" if whole else "__float__"):
+    found: Any = None
+    if not isinstance(value, bool) and hasattr(value, "__index__" if whole else "__float__"):
+        with suppress(TypeError, ValueError):  # an array of several numbers, or of fractions
+            found = value.__index__() if whole else float(value)
+    if found is None:
         raise ConfigError(
             f"{name}{part} must be {'an integer' if whole else 'a number'}; got {value!r} ({field.help})"
         )
-    found = value.__index__() if whole else float(value)
     if not field.holds(found):
         raise ConfigError(f"{name} must be in {field.interval}; got {value!r}{part} ({field.help})")
     return found  # type: ignore[no-any-return]
@@ -151,9 +155,13 @@ def bias(value: Any) -> tuple[tuple[int, float], ...]:
     try:
         for token, add in pairs:
             if isinstance(token, str):  # JSON has no integer names
-                token = int(token)
+                text, token = token, int(token)
+                if text != str(token):  # int() also reads "05", "1_0" and " 5"
+                    raise ConfigError(f"a token id of logit_bias must be written as {token}; got {text!r}")
             if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < 2**32:
                 raise ConfigError(f"a token id of logit_bias must be an integer in [0, 2^32); got {token!r}")
+            if token in found:
+                raise ConfigError(f"logit_bias must name each token once; got {token} twice: drop one")
             found[token.__index__()] = float(number("logit_bias", add, f" at token {token!r}"))
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):

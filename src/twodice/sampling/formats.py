@@ -49,7 +49,25 @@ _UNSERVED: dict[str, Any] = {
     "watermarking_config": None,
     "exponential_decay_length_penalty": None,
     "min_length": 0,
+    "diversity_penalty": 0.0,
+    "constraints": None,
+    "dola_layers": None,
+    "token_healing": False,
+    "forced_decoder_ids": None,
 }
+
+# The other fields of GenerationConfig: how long a text is, what is returned, how fast it comes.
+_NO_CHOICE = frozenset(
+    "do_sample eos_token_id suppress_tokens bad_words_ids sequence_bias min_new_tokens max_length "
+    "max_new_tokens max_time stop_strings early_stopping length_penalty num_return_sequences bos_token_id "
+    "pad_token_id decoder_start_token_id use_cache cache_implementation cache_config max_cache_len "
+    "return_legacy_cache prefill_chunk_size low_memory compile_config disable_compile "
+    "continuous_batching_config output_attentions output_hidden_states output_scores output_logits "
+    "return_dict_in_generate remove_invalid_values renormalize_logits is_assistant num_assistant_tokens "
+    "num_assistant_tokens_schedule assistant_confidence_threshold assistant_early_exit "
+    "assistant_ensemble_weight assistant_lookbehind target_lookbehind prompt_lookup_num_tokens "
+    "max_matching_ngram_size speculation_type use_mtp transformers_version".split()
+)
 
 
 def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None = None) -> SamplingParams:
@@ -65,10 +83,19 @@ def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None 
     Raises
     ------
     ConfigError
-        If a value is out of range, or the config asks for beams, for words of several tokens, or for another
-        stage that is not there.
+        If a field is unknown (with the nearest name), a value is out of range, or the config asks for beams,
+        for words of several tokens, or for another stage that is not there; if it samples at temperature 0.
     """
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise ConfigError(f"generation_config must be a mapping, or transformers' object; got {config!r}")
     mapping: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    known = _NO_CHOICE.union(GENERATION, _UNSERVED)
+    for name in mapping:
+        if name not in known and not name.startswith("_"):  # transformers' own marks begin so
+            raise ConfigError(
+                f"unknown field of generation_config {name!r}{nearest(name, known)}; remove it if it "
+                "does not change which token is drawn"
+            )
     unserved = {
         name: mapping[name]
         for name, neutral in _UNSERVED.items()
@@ -77,8 +104,13 @@ def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None 
     if unserved:
         raise ConfigError(f"generation_config asks for {unserved}, which twodice does not serve; remove it")
     found = {name: mapping[name] for name in GENERATION if mapping.get(name) is not None}
-    if not mapping.get("do_sample", False):
+    do_sample = mapping.get("do_sample")
+    if do_sample not in (None, True, False):
+        raise ConfigError(f"do_sample must be true, false or null; got {do_sample!r}")
+    if not do_sample:
         found["temperature"] = 0.0
+    elif found.get("temperature") == 0:
+        raise ConfigError("do_sample asks for a draw and temperature=0 for none; drop one of the two")
     found |= _words(mapping)
     return SamplingParams(**found, seed=seed)
 
@@ -88,7 +120,8 @@ def _words(mapping: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     eos = mapping.get("eos_token_id")
     ends = [] if eos is None else eos if isinstance(eos, list | tuple) else [eos]
-    banned = set(mapping.get("suppress_tokens") or ())
+    suppressed = mapping.get("suppress_tokens")
+    banned = set(token_ids("banned_tokens", suppressed) if suppressed else ())
     # transformers leaves the end token out of its bad words: a text could not end
     banned |= {_one("bad_words_ids", word) for word in mapping.get("bad_words_ids") or ()} - set(ends)
     if banned:
@@ -210,6 +243,8 @@ def from_openai(request: Mapping[str, Any]) -> SamplingParams:
     ConfigError
         If a field is unknown (with the nearest name), not served, or out of the interval of the API.
     """
+    if not isinstance(request, Mapping):
+        raise ConfigError(f"a request must map names of fields to values; got {request!r}")
     found: dict[str, Any] = {}
     for name, value in request.items():
         if name in _OTHER_BUSINESS or value is None:
@@ -271,7 +306,8 @@ def to_openai(params: SamplingParams) -> dict[str, Any]:
     written: dict[str, Any] = {"temperature": params.temperature}
     for name in FIELDS:
         value = getattr(params, name)
-        if is_off(name, value):
+        # There stop_token_ids end a text; without min_tokens ours do nothing.
+        if is_off(name, value) or (name == "stop_tokens" and not params.min_tokens):
             continue
         if name not in names:
             raise ConfigError(f"{name} has no field in an OpenAI-style request; drop it")

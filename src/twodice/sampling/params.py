@@ -147,11 +147,11 @@ class SamplingParams:
             if field.kind == "ids":
                 put(self, name, token_ids(name, value))
             elif field.kind == "bias":
-                put(self, name, bias(value))
+                put(self, name, bias(value) or None)
             elif field.kind != "names":
                 put(self, name, number(name, value))
         if self.order is not None:
-            put(self, "order", check_order(self.order, self.stages))
+            put(self, "order", check_order(self.order, self._on))
         _refuse_contradictions(self)
         put(self, "_hash", self._hash_of())
 
@@ -181,15 +181,26 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def _on(self) -> tuple[str, ...]:
+        """The stages that are on, in the order of `ORDER`."""
+        off = {} if self.profile is None else profile(self.profile).off
+
+        def acts(switch: str) -> bool:
+            value = getattr(self, switch)
+            return not is_off(switch, value) and value != off.get(switch)
+
+        return tuple(
+            name for name in ORDER if acts(SWITCH[name]) or (name == "temperature" and acts("dynatemp_range"))
+        )
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages of `ORDER` that are on, in the order in which they run."""
         order = self.order if self.order is not None else ORDER
         if self.profile is not None:
             order = profile(self.profile).order
-        on = {name for name in ORDER if not is_off(SWITCH[name], getattr(self, SWITCH[name]))}
-        if not is_off("dynatemp_range", self.dynatemp_range):
-            on.add("temperature")
-        return tuple(name for name in order if name in on) + tuple(sorted(on - set(order)))
+        on = self._on
+        return tuple(name for name in order if name in on) + tuple(sorted(set(on) - set(order)))
 
     @property
     def needs_history(self) -> bool:
@@ -236,10 +247,13 @@ class SamplingParams:
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> SamplingParams:
         """Build from names and values; an unknown name is an error with the nearest one."""
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"settings must map names to values; got {settings!r}")
         for name in settings:
             if name not in FIELDS:
                 raise ConfigError(
-                    f"unknown sampling setting {name!r}{nearest(name, FIELDS)}; there are {', '.join(FIELDS)}"
+                    f"unknown sampling setting {name!r}{nearest(str(name), FIELDS)}; there are "
+                    f"{', '.join(FIELDS)}"
                 )
         return cls(**settings)
 

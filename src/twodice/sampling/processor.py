@@ -237,7 +237,9 @@ def processor(
 
     A processor goes on with a text for as long as each call brings the ids of the last and one token more;
     anything else begins a new text (with new seeds where none were given, and mirostat from its start).
-    Beams and assisted generation move rows or take tokens back, and are not served.
+    Beams and assisted generation move rows or take tokens back, and are not served. A row that has ended is
+    drawn on by ``generate`` until all have: where a row's settings can leave it nothing behind its end token
+    (few `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
     """
     if not isinstance(params, SamplingParams):
         params = tuple(params)

@@ -45,6 +45,8 @@ class Profile:
         Names of ``twodice.kernels.sampling_settings.Rule``.
     defaults
         Its own values of settings that act where they are absent.
+    off
+        Values that switch a setting off there and not here.
     alone
         Settings that make it ignore all others but those in the set behind them, and what every engine has
         (bias, lists of ids).
@@ -56,6 +58,7 @@ class Profile:
     settings: frozenset[str]
     rules: tuple[str, ...] = ()
     defaults: Mapping[str, int] = field(default_factory=dict)
+    off: Mapping[str, float] = field(default_factory=dict)
     alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
     source: str = ""
 
@@ -63,9 +66,8 @@ class Profile:
     def served(self) -> frozenset[str]:
         """Every setting that it has; what belongs to one setting alone comes with that."""
         found = {SWITCH[name] for name in self.order} | self.settings
-        return frozenset(
-            found | {name for name, one in FIELDS.items() if len(one.needs) == 1 and one.needs[0] in found}
-        )
+        parts = {name for name, one in FIELDS.items() if len(one.needs) == 1 and one.needs[0] in found}
+        return frozenset(found | parts - {"xtc_by_expectation"})  # every engine throws the coin
 
 
 PROFILES: dict[str, Profile] = {
@@ -88,6 +90,7 @@ PROFILES: dict[str, Profile] = {
                    "dry_breakers"}),
         ("COUNT_PROMPT",),
         {"penalty_range": 64, "dry_range": 64},
+        {"top_n_sigma": 0.0},
         {"mirostat_tau": frozenset({"temperature", "mirostat_tau", "mirostat_eta"})},
         source="llama.cpp's common sampler; run side by side where its Python bindings are installed",
     ),
@@ -102,15 +105,17 @@ PROFILES: dict[str, Profile] = {
 
 def profile(name: str) -> Profile:
     """The profile of this name, or an error with the nearest."""
-    if name not in PROFILES:
+    if not isinstance(name, str) or name not in PROFILES:
         raise ConfigError(
-            f"profile must be one of {', '.join(PROFILES)}; got {name!r}{nearest(name, PROFILES)}"
+            f"profile must be one of {', '.join(PROFILES)}; got {name!r}{nearest(str(name), PROFILES)}"
         )
     return PROFILES[name]
 
 
 def check_order(order: Iterable[str], active: Iterable[str]) -> tuple[str, ...]:
     """Return `order` as a tuple; each name known, none twice, none missing that is active."""
+    if isinstance(order, str) or not isinstance(order, Iterable):
+        raise ConfigError(f"order must be a list of stages, of {', '.join(ORDER)}; got {order!r}")
     found = tuple(order)
     for name in found:
         if name not in ORDER:

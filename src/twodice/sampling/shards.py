@@ -20,8 +20,8 @@ With "none", z is counted from the shard's highest logit and not from the row's:
 all ids of the shard, up to rounding. The row's highest token scores at least -3.8 and no noise is above 45.1,
 so the ids that count lie within 49 of the top, where that rounding stays below 1e-13.
 
-The noise of "none" is computed by torch, about a microsecond an id: little traffic, and a draw that costs far
-more than `sample` on the whole.
+For "none" the kernel draws twice on the shard, the second time without the first winner. Where the two
+scores are that near, about once in a billion rows, torch computes the scores of all ids.
 
 Letters: R rows, V vocabulary, n ids of a shard.
 """
@@ -36,11 +36,12 @@ import torch
 from torch import Tensor
 
 from twodice.errors import ConfigError, RequestError, ShapeError
+from twodice.kernels.sampling import choose
 from twodice.kernels.sampling_edit import edit
-from twodice.kernels.sampling_settings import MAX_VOCABULARY, Past, Rule, Sampled, Settings, Stage
+from twodice.kernels.sampling_settings import MAX_VOCABULARY, Draw, Past, Rule, Sampled, Settings, Stage
 from twodice.random import noise
-from twodice.sampling.arrays import tensor_of
-from twodice.sampling.chain import Packed, pack
+from twodice.sampling.arrays import FLOATS, tensor_of
+from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import History, coordinate, history_of, mask_of, needs_of, sample
 
@@ -123,17 +124,18 @@ def shard_candidates(
     whole (Gumbel 1954; Maddison, Tarlow and Minka 2014).
     """
     shard = tensor_of("logits", logits)
-    if shard.ndim != 2 or not shard.dtype.is_floating_point:
-        raise ShapeError(f"logits must be (rows, ids of the shard) floats; got {tuple(shard.shape)}")
+    if shard.ndim != 2 or shard.dtype not in FLOATS:
+        raise ShapeError(
+            f"logits must be (rows, ids of the shard) floats of 16, 32 or 64 bits; got {tuple(shard.shape)} "
+            f"of {shard.dtype}"
+        )
     rows, n = shard.shape
     if not 0 < vocabulary <= MAX_VOCABULARY or not 0 <= begin <= vocabulary - n:
         raise ShapeError(
             f"a shard must lie in the vocabulary, which is at most 2^20; got ids {begin} to {begin + n} of "
             f"{vocabulary}"
         )
-    given = (params,) * rows if isinstance(params, SamplingParams) else tuple(params)
-    if len(given) != rows:
-        raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(given)}")
+    given = each_row(params, rows)
     asked = needs_of(need)
     packed = pack(given) if rows else pack(SamplingParams(seed=0))
     if not packed.all_seeded:
@@ -155,8 +157,10 @@ def shard_candidates(
     sent = living > -torch.inf
     if rows and n:
         _narrow(sent, edited, packed, set(asked), begin, where, which)
-    for x in (raw, edited):  # a row that cannot be served says so in the merge too
-        sent |= x.isnan() | (x == torch.inf)
+        for x in (raw,) if edited is raw else (raw, edited):
+            # A row that cannot be served says so in the merge too; the maximum is NaN where one logit is.
+            bad = (~(x.amax(1) < torch.inf)).nonzero()[:, 0]
+            sent[bad] |= ~(x[bad] < torch.inf)
     offsets = torch.zeros(rows + 1, dtype=torch.int64)
     offsets[1:] = sent.sum(1).cumsum(0)
     return ShardCandidates(
@@ -207,31 +211,65 @@ def _narrow(
     for kind in {kind for kind, _ in plans} - {"all"}:
         at = torch.tensor([i for i, (found, _) in enumerate(plans) if found == kind], dtype=torch.int64)
         part = x[at]
-        top = part.amax(1, keepdim=True)
         temperature = torch.tensor([plans[i][1] for i in at.tolist()], dtype=torch.float64)[:, None]
         if kind == Stage.GREEDY:
-            stays = part == top
+            stays = part == part.amax(1, keepdim=True)
         elif kind == Stage.TOP_K:
             k = torch.from_numpy(table["top_k"][at.numpy()]).clamp(max=n)[:, None]
             stays = part >= part.topk(int(k.max()), dim=1).values.gather(1, k - 1)
+        elif kind == Stage.MIN_P:
+            # The row's top is not below ours, so its z is not above ours, rounding included.
+            least = torch.from_numpy(table["log_min_p"][at.numpy()].copy())[:, None]
+            stays = _z(part, part.amax(1, keepdim=True), temperature) >= least
         else:
-            # In float64, operation by operation as the chain does it. Its top is not below ours, so its z is
-            # not above ours, rounding included.
-            z = (part.to(torch.float64) - top.to(torch.float64)) / temperature
-            if kind == Stage.MIN_P:
-                stays = z >= torch.from_numpy(table["log_min_p"][at.numpy()].copy())[:, None]
-            else:
-                keys = packed.keys[at, None]
-                ids = torch.arange(begin, begin + n)[None]
-                where, which = (
-                    one if isinstance(one, int) else one[at, None] for one in (position, completion)
-                )
-                score = z + noise.gumbel(ids, where, which, noise.PURPOSE_TOKEN, keys)
-                # An empty shard row has top = -inf and z = NaN, which is not within anything.
-                best = score.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1, keepdim=True)
-                stays = score >= best - MARGIN
-                stays.scatter_(1, part.argmax(1, keepdim=True), True)
+            where, which = (
+                one if isinstance(one, int) else one[at].contiguous() for one in (position, completion)
+            )
+            draw = Draw(packed.keys[at], where, which)
+            stays = _scores_that_count(part, temperature, draw, begin)
         sent[at] &= stays
+
+
+def _z(x: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
+    # In float64, operation by operation as the chain does it.
+    return (x.to(torch.float64) - top.to(torch.float64)) / temperature
+
+
+def _scores_that_count(x: Tensor, temperature: Tensor, draw: Draw, begin: int) -> Tensor:
+    """The highest logit of each row, and the ids whose score is near the best: by two draws, and by all noise
+    where these are near.
+
+    The second draw counts z from another top if the first winner was the top: it can name an id whose score
+    is 1e-13 below the true second, which is within the margin all the same.
+    """
+    rows, n = x.shape
+    settings = Settings.pack(
+        [{"stages": (Stage.TEMPERATURE,), "temperature": float(one)} for one in temperature]
+    )
+    wide = x.new_full((rows, begin + n), -torch.inf)  # noise belongs to the id, so ids keep their places
+    wide[:, begin:] = x
+    first = choose(wide, settings, draw)[0].tokens
+    at = (first >= 0).nonzero()[:, 0]  # not so where a row is empty or cannot be served
+    wide[at, first[at]] = -torch.inf
+    second = choose(wide, settings, draw)[0].tokens
+    top = x.argmax(1, keepdim=True)
+    stays = torch.zeros_like(x, dtype=torch.bool).scatter_(1, top, True)
+    stays[at, first[at] - begin] = True
+
+    def scores(rows: Tensor, ids: Tensor) -> Tensor:
+        z = _z(x[rows[:, None], ids - begin], x.gather(1, top)[rows], temperature[rows])
+        position, completion = (
+            one if isinstance(one, int) else one[rows, None] for one in (draw.position, draw.completion)
+        )
+        keys = torch.from_numpy(draw.keys.view("int64"))[rows, None]
+        return z + noise.gumbel(ids, position, completion, noise.PURPOSE_TOKEN, keys)
+
+    at = (second >= 0).nonzero()[:, 0]
+    found = scores(at, torch.stack([first, second], 1)[at])
+    for row in at[~(found[:, 0] - found[:, 1] > 2 * MARGIN)][:, None]:
+        found = scores(row, torch.arange(begin, begin + n)[None])
+        stays[row] |= found >= found.max() - MARGIN
+    return stays
 
 
 def merge_shards(
@@ -291,6 +329,10 @@ def merge_shards(
             raise ShapeError(
                 f"parts must be of the same rows and vocabulary; got {rows} rows of {vocabulary} ids and "
                 f"{len(part.offsets) - 1} rows of {part.vocabulary} ids"
+            )
+        if part.logits.dtype != ordered[0].logits.dtype:
+            raise ShapeError(
+                f"parts must have logits of one type; got {ordered[0].logits.dtype} and {part.logits.dtype}"
             )
         missing = [name for name in asked if name not in part.need]
         if missing:

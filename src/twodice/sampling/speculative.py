@@ -31,7 +31,7 @@ from torch import Tensor
 from twodice.errors import ConfigError, RequestError, ShapeError
 from twodice.kernels.sampling_settings import Past, Sampled
 from twodice.sampling.arrays import returned, tensor_of
-from twodice.sampling.chain import Packed, pack
+from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import History, coordinate, history_of, needs_of, raise_on_bad, sample
 
@@ -216,7 +216,9 @@ def verify(
         )
         return returned(found, logits)
     call = _checked(logits, draft_tokens, params, position, history, completion, allowed_mask, need)
-    start = None if state is None else tensor_of("state", state).to("cpu", torch.float64)
+    start = (
+        None if state is None else tensor_of("state", state, numbers=torch.float64).to("cpu", torch.float64)
+    )
     if start is not None and start.shape != (len(call.params),):
         raise ShapeError(
             f"state must be one number a row, ({len(call.params)},); got shape {tuple(start.shape)}"
@@ -291,9 +293,7 @@ def _checked(
     lengths = there.sum(1)
     if not torch.equal(there, torch.arange(width - 1) < lengths[:, None]):
         raise ShapeError("a shorter draft must end in -1, with no token behind the first -1; got one")
-    given = (params,) * rows if isinstance(params, SamplingParams) else tuple(params)
-    if len(given) != rows:
-        raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(given)}")
+    given = each_row(params, rows)
     packed = pack(given) if rows else pack(SamplingParams(seed=0))
     if not packed.all_seeded:
         raise RequestError(

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from twodice.errors import ConfigError, RequestError, ShapeError, TwodiceError
+from twodice.sampling.explain import explain
 from twodice.sampling.fields import FIELDS
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.profiles import ORDER, PROFILES, check_order, profile
 from twodice.sampling.sample import sample
+from twodice.sampling.shards import shard_candidates
+from twodice.sampling.speculative import verify
+from twodice.sampling.translate import translate
 
 WITH: dict[str, dict[str, Any]] = {
     "dynatemp_exponent": {"dynatemp_range": 0.1}, "xtc_threshold": {"xtc_probability": 0.1},
@@ -72,7 +76,7 @@ def test_both_ends_of_every_interval_hold_and_beyond_them_the_error_names_it_all
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", ["1", True, [1]])
+@pytest.mark.parametrize("value", ["1", True, [1], torch.tensor([1, 2]), np.array([1.5, 2.5])])
 def test_every_number_refuses_what_is_none(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         give(name, value)
@@ -114,6 +118,10 @@ def test_a_setting_that_acts_only_with_another_says_with_which(name: str) -> Non
         ({"order": ("topp",)}, "got 'topp'; did you mean 'top_p'"),
         ({"order": ()} | {"temperature": 0.5}, "temperature is missing"),
         ({"profile": "vlm"}, "must be one of hf, vllm.*did you mean 'vllm'"),
+        ({"profile": ["hf"]}, r"profile must be one of hf, vllm.*got \['hf'\]"),
+        ({"profile": 3}, "profile must be one of hf, vllm.*got 3"),
+        ({"order": "top_k"}, "order must be a list of stages.*got 'top_k'"),
+        ({"order": 5}, "order must be a list of stages.*got 5"),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_each_other_say_which_to_drop(settings: dict[str, Any], words: str) -> None:
@@ -160,7 +168,12 @@ def test_orders_and_profiles_are_checked_where_they_are_asked_for() -> None:
         SamplingParams.parse({"top_kk": 1})
 
 
+def test_an_empty_bias_is_none() -> None:
+    assert SamplingParams(logit_bias={}) == SamplingParams()
+
+
 X = torch.zeros(2, 40)
+DRAFTED = torch.zeros(2, 2, 40)
 SEEDED = SamplingParams(seed=1)
 COUNTS = SamplingParams(frequency_penalty=0.5, seed=1)
 PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
@@ -169,6 +182,18 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        *((lambda call=call, params=params: call(params), ConfigError, "params must be .*" + got)
+          for params, got in ((None, "None"), ({"top_k": 1}, "{'top_k': 1}"), ([SEEDED, None], "None"))
+          for call in (lambda params: verify(DRAFTED, [[1], [1]], params, 0),
+                       lambda params: shard_candidates(X, params, 0, begin=0, vocabulary=40),
+                       lambda params: translate(params, from_="hf", to="vllm"))),
+        (lambda: SamplingParams.parse(5), ConfigError, "settings must map names to values; got 5"),
+        (lambda: SamplingParams.parse({7: 1}), ConfigError, "unknown sampling setting 7"),
+        (lambda: SamplingParams.from_openai([1]), ConfigError, r"a request must map .* got \[1\]"),
+        (lambda: SamplingParams.from_generation_config("f"), ConfigError, "must be a mapping.*got 'f'"),
+        (lambda: SamplingParams.from_generation_config({"suppress_tokens": 5}), ConfigError,
+         "banned_tokens must be a list of token ids; got 5"),
+        (lambda: explain(X[:1], SEEDED, position=[3]), ConfigError, "position must be an integer"),
         (lambda: sample(X, [SEEDED] * 3, 0), ShapeError, "one a row, 2; got 3"),
         (lambda: sample(X, [], 0), ShapeError, "one a row, 2; got 0"),
         (lambda: sample(torch.zeros(2, 3, 4), SEEDED, 0), ShapeError, r"got \(2, 3, 4\)"),

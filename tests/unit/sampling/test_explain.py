@@ -97,6 +97,18 @@ def test_edits_say_what_they_moved_and_by_how_much() -> None:
     assert found.edited_entropy == pytest.approx(naive(torch.tensor([2.0, 2.0, -2.5])), rel=1e-9)
 
 
+def test_a_mask_is_told_behind_the_bias() -> None:
+    mask = torch.tensor([[0b0101]], dtype=torch.int32)
+    params = SamplingParams(logit_bias={1: 3.0, 2: 1.0}, banned_tokens=[2], seed=0)
+    bias, masked, banned = explain(torch.zeros(4), params, allowed_mask=mask).edits
+    assert (bias.name, masked.name, banned.name) == (
+        "logit_bias: 2 ids",
+        "allowed_mask",
+        "banned_tokens: 1 ids",
+    )
+    assert [token for token, *_ in bias.moved] == [1, 2] and (masked.banned, banned.banned) == (2, 1)
+
+
 def test_stages_are_told_in_the_order_of_the_row() -> None:
     settings: dict[str, Any] = {"temperature": 0.5, "top_k": 9, "top_p": 0.7, "min_p": 0.1, "seed": 1}
     own = explain(X, SamplingParams(**settings))

@@ -79,11 +79,36 @@ def test_what_is_written_is_json_transformers_reads_it_and_it_comes_back() -> No
         ({"suppress_tokens": [-1]}, "banned_tokens must be in"),
         ({"begin_suppress_tokens": [3]}, "does not serve"),
         ({"watermarking_config": {"bias": 2}}, "does not serve"),
+        ({"dola_layers": "high"}, "does not serve"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "num_beams.*does not serve"),
+        (
+            {"tempreature": 0.5},
+            "unknown field of generation_config 'tempreature'; did you mean 'temperature'",
+        ),
+        ({"do_sample": True, "topk": 5}, "did you mean 'top_k'"),
+        ({"do_sample": "false"}, "do_sample must be true, false or null; got 'false'"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0 for none; drop one of the two"),
     ],
 )
 def test_a_generation_config_that_cannot_be_served_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SamplingParams.from_generation_config(config)
+
+
+def test_every_field_of_transformers_is_known_and_null_is_absent() -> None:
+    nulls = dict.fromkeys(GenerationConfig().to_dict())
+    assert len(nulls) > 60 and SamplingParams.from_generation_config(nulls).greedy
+    read = SamplingParams.from_generation_config(
+        GenerationConfig(do_sample=True, temperature=0.5, top_k=None)
+    )
+    assert read == SamplingParams(temperature=0.5)
+    noted = {
+        "do_sample": True,
+        "_from_model_config": True,
+        "transformers_version": "5.0",
+        "length_penalty": 2.0,
+    }
+    assert SamplingParams.from_generation_config(noted) == SamplingParams()
 
 
 REQUEST = {
@@ -124,11 +149,21 @@ def test_a_request_is_read_and_comes_back() -> None:
         ({"response_format": {"type": "json_object"}}, "response_format changes which tokens can come"),
         ({"min_tokens": 3}, "min_tokens holds stop_tokens back, and there are none"),
         ({"seed": 1.5}, "seed must be an integer"),
+        ({"logit_bias": {"1_0": 1}}, "must be written as 10; got '1_0'"),
+        ({"logit_bias": [[5, 1.0], [5, 2.0]]}, "name each token once; got 5 twice"),
     ],
 )
 def test_a_bad_request_is_refused(request_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SamplingParams.from_openai(request_)
+
+
+def test_a_request_that_is_greedy_has_a_negative_seed_or_an_empty_bias_is_read() -> None:
+    asked = {"temperature": 0, "seed": -5, "logit_bias": {}, "top_logprobs": 3, "logprobs": True, "n": 3}
+    assert SamplingParams.from_openai(asked) == SamplingParams(temperature=0, seed=-5)
+    assert SamplingParams.from_openai({"min_tokens": 0, "stop_token_ids": [2]}).to_openai() == {
+        "temperature": 1.0
+    }, "stop_token_ids end a text there"
 
 
 def test_what_a_request_has_no_field_for_is_not_written() -> None:

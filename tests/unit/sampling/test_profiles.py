@@ -235,6 +235,15 @@ def test_transformers_looks_at_a_hundred_tokens_for_top_h_and_we_at_all() -> Non
     assert len(ours(x, {"top_h": 0.9}, torch.tensor([0]), "hf")) in (359, 360)
 
 
+def test_llama_cpp_takes_a_sigma_of_0_for_off_and_throws_the_coin_of_xtc() -> None:
+    x = torch.tensor([3.0, 1.0, 0.0, -1.0])
+    assert ours(x, {"top_n_sigma": 0.0}, torch.tensor([0]), "llama.cpp") == {0, 1, 2, 3}
+    assert SamplingParams(top_n_sigma=0.0, profile="llama.cpp").stages == ()
+    assert SamplingParams(top_n_sigma=0.0).stages == ("top_n_sigma",)
+    with pytest.raises(ConfigError, match="has no xtc_by_expectation"):
+        SamplingParams(xtc_probability=0.5, xtc_by_expectation=True, profile="llama.cpp")
+
+
 def test_llama_cpp_runs_nothing_beside_temperature_with_mirostat() -> None:
     for other in (
         {"top_k": 5},

@@ -12,6 +12,7 @@ import torch
 from tests.support import sampling_rows
 
 from twodice.errors import ConfigError, RequestError, ShapeError
+from twodice.kernels import dispatch
 from twodice.kernels.sampling_settings import NEEDS, Sampled
 from twodice.sampling import shards
 from twodice.sampling.params import SamplingParams
@@ -96,6 +97,10 @@ def test_a_shard_sends_little_where_the_first_filter_needs_no_sum(params: Sampli
     past = (torch.arange(80) * 3, torch.arange(0, 81, 2), torch.zeros(40, dtype=torch.int64))
     parts = split(x, [0, 900, 3000], params, torch.arange(40), history=past)
     assert max(int(part.offsets.diff().max()) for part in parts) <= most
+    for part in parts:  # z is counted from the highest
+        highest = x[:, part.begin : part.end].argmax(1) + part.begin
+        sent = zip(part.offsets.tolist()[:-1], part.offsets.tolist()[1:], highest.tolist(), strict=True)
+        assert params.repetition_penalty or all(top in part.ids[a:b] for a, b, top in sent)
     found = merge_shards(parts, params, torch.arange(40), history=past)
     assert_equal(found, sample(x, params, torch.arange(40), history=past))
 
@@ -106,6 +111,17 @@ def test_a_filter_that_reads_a_sum_makes_a_shard_send_all_that_lives(need: tuple
     x[0, 3] = -torch.inf
     params = SamplingParams(seed=0, top_p=0.5) if not need else SamplingParams(seed=0)
     assert shard_candidates(x, params, 0, begin=0, vocabulary=10, need=need).ids.numel() == 9
+
+
+def test_a_joint_top_p_behind_top_k_reads_a_sum_too() -> None:
+    """SGLang's top-p counts over everything: what top-k drops is part of the sum."""
+    tail = torch.linspace(0.0049, 0.0051, 50)  # no ties: a shard would send three of them
+    x = torch.log(torch.cat([torch.tensor([0.3, 0.25, 0.2]), tail])).repeat(40, 1)
+    params, position = SamplingParams(seed=2, top_k=3, top_p=0.6, profile="sglang"), torch.arange(40)
+    parts = split(x, [0, 3, 53], params, position, need=("kept",))
+    found = merge_shards(parts, params, position, need=("kept",))
+    assert_equal(found, sample(x, params, position, need=("kept",)))
+    assert found.kept[0].diff().tolist() == [3] * 40, "of what top-k leaves 0.6 would keep two"
 
 
 def test_padding_the_vocabulary_changes_nothing() -> None:
@@ -121,7 +137,7 @@ def test_padding_the_vocabulary_changes_nothing() -> None:
 
 
 def test_shards_that_send_too_little_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two saboteurs: a k that is one too small, and the highest logits without the highest scores."""
+    """Two saboteurs: a k that is one too small, and noise by the place in the shard instead of by the id."""
     x = torch.randn(400, 200, generator=torch.Generator().manual_seed(5))
     position = torch.arange(400)
     cuts = [0, 100, 200]
@@ -131,9 +147,43 @@ def test_shards_that_send_too_little_are_found_out(monkeypatch: pytest.MonkeyPat
     fewer = split(x, cuts, SamplingParams(seed=6, top_k=2), position)
     assert not torch.equal(merge_shards(fewer, params, position).tokens, whole)
     params = SamplingParams(seed=6)
-    monkeypatch.setattr(shards, "MARGIN", -1.0)
+    whole = sample(x, params, position).tokens
+    assert torch.equal(merge_shards(split(x, cuts, params, position), params, position).tokens, whole)
+    right = shards._scores_that_count
+    monkeypatch.setattr(shards, "_scores_that_count", lambda x, t, draw, begin: right(x, t, draw, 0))
     found = merge_shards(split(x, cuts, params, position), params, position).tokens
-    assert not torch.equal(found, sample(x, params, position).tokens)
+    assert not torch.equal(found, whole)
+
+
+def test_scores_that_are_near_are_left_to_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ids of one score do not come by themselves: a wide margin stands for them."""
+    x = torch.randn(50, 60, generator=torch.Generator().manual_seed(8)) * 2
+    x[7] = -torch.inf
+    x[8, :31] = torch.nan
+    position, params = torch.arange(50), SamplingParams(seed=3, temperature=0.8)
+    sent = []
+    for margin in (1e-9, 0.5, 1e9):
+        monkeypatch.setattr(shards, "MARGIN", margin)
+        parts = split(x, [0, 31, 60], params, position)
+        sent.append(sum(part.ids.numel() for part in parts))
+        found = merge_shards(parts, params, position, on_bad_row="flag")
+        assert_equal(found, sample(x, params, position, on_bad_row="flag"))
+    assert sent[0] < sent[1] < sent[2] == int((x != -torch.inf).sum())
+
+
+@pytest.mark.skipif(dispatch.native is None, reason="no native kernels: the reference draws by torch")
+def test_torch_computes_the_noise_of_two_ids_a_row_and_not_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    right = shards.noise.gumbel
+
+    def counted(ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        asked.append(ids.numel())
+        return right(ids, *more)
+
+    monkeypatch.setattr(shards.noise, "gumbel", counted)
+    x = torch.randn(20, 3000, generator=torch.Generator().manual_seed(2))
+    shard_candidates(x, SamplingParams(seed=1), torch.arange(20), begin=5, vocabulary=4000)
+    assert sum(asked) == 40
 
 
 def test_no_rows_and_empty_shards_are_served() -> None:
@@ -154,6 +204,10 @@ def test_what_does_not_fit_is_an_error() -> None:
         merge_shards([parts[0], *split(x[:1], [4, 8], params, 0, vocabulary=8)][:2], params, 0)
     with pytest.raises(ConfigError, match="raw_logprob needs what the shards did not send"):
         merge_shards(parts, params, 0, need=("raw_logprob",))
+    with pytest.raises(ShapeError, match=r"of one type; got torch.float32 and torch.float64"):
+        merge_shards([parts[0], *split(x.double(), [4, 8], params, 0, vocabulary=8)], params, 0)
+    with pytest.raises(ShapeError, match=r"16, 32 or 64 bits; .* of torch\.float8_e4m3fn"):
+        shard_candidates(x.to(torch.float8_e4m3fn), params, 0, begin=0, vocabulary=8)
     with pytest.raises(RequestError, match="must have a seed"):
         shard_candidates(x, SamplingParams(), 0, begin=0, vocabulary=8)
     with pytest.raises(ShapeError, match="must lie in the vocabulary"):

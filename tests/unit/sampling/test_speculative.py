@@ -222,6 +222,27 @@ def test_a_draft_with_our_noise_is_accepted_as_often_as_its_bound_says_and_indep
     assert independent < 0.2 < 0.7 < common
 
 
+@pytest.mark.parametrize("more", [{}, {"mirostat_tau": 3.0}])
+def test_a_grammar_that_goes_on_through_the_draft_has_a_mask_for_each_place(more: dict[str, float]) -> None:
+    params, x = SamplingParams(seed=3, **more), torch.zeros(1, 3, 64)
+    mask = torch.zeros(1, 3, 2, dtype=torch.int32)
+    mask[0, :, 0] = torch.tensor([0b11, 0b1100, 0b110000])  # ids 0 and 1, then 2 and 3, then 4 and 5
+    draft: list[int] = []
+    state = None
+    for j in range(3):
+        found = sample(x[:, j], params, j, allowed_mask=mask[:, j], state=state)
+        draft.append(int(found.tokens))
+        state = found.state
+    verified = verify(x, [draft[:2]], params, 0, allowed_mask=mask)
+    assert verified.tokens.tolist() == [draft] and [token // 2 for token in draft] == [0, 1, 2]
+
+
+def test_a_state_that_was_a_list_in_between_loses_no_bit() -> None:
+    params, x = SamplingParams(seed=3, mirostat_tau=2.0, mirostat_eta=0.0), torch.zeros(1, 1, 64)
+    found = verify(x, [[]], params, 0, state=[6.1])
+    assert found.state is not None and found.state.tolist() == [6.1]
+
+
 def test_a_bad_row_counts_only_where_the_text_comes_to_it() -> None:
     logits = torch.zeros(1, 2, 10)
     logits[0, 1] = torch.nan

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.support import sampling_rows
 from tests.support.sampling_rows import row
 
 import twodice
@@ -39,11 +41,29 @@ def said(settings: dict[str, Any], from_: str, to: str) -> tuple[SamplingParams,
         ("llama.cpp", "vllm", {"temperature": 1e-6}, "takes the most probable token below 1e-5"),
         (OURS, "vllm", {"presence_penalty": 3.0}, r"presence_penalty is brought into [-2, 2]"),
         (OURS, "sglang", {"top_p": 0.0}, "is top_k of 1"),
+        ("vllm", "sglang", {"repetition_penalty": 1.1}, "in sglang looks at the text alone, in vllm at the"),
+        ("sglang", "hf", {"repetition_penalty": 1.1, "logit_bias": {1: 2.0}}, "in hf before it"),
+        (OURS, "sglang", {"temperature": 1e-7}, "sglang takes the most probable token below 1e-6"),
+        (OURS, "hf", {"top_h": 0.0}, "top_h of 0, which hf refuses, is top_h of 1e-09"),
+        (OURS, "hf", {"typical_p": 0.0}, "typical_p of 0, which hf refuses, is typical_p of 1e-09"),
+        (OURS, "llama.cpp", {"top_n_sigma": 0.0}, "top_n_sigma of 0, which llama.cpp takes for off, is"),
+        ("llama.cpp", "vllm", {"top_n_sigma": 0.0}, "top_n_sigma of 0 is dropped: llama.cpp takes"),
+        (OURS, "llama.cpp", {"xtc_probability": 0.5, "xtc_by_expectation": True},
+         "is dropped: llama.cpp throws"),
+        (OURS, "llama.cpp", {"dry_multiplier": 0.8}, "no sequence breakers: llama.cpp has"),
+        (OURS, "hf", {"dynatemp_range": 0.3, "min_p": 0.1}, "dynatemp_range is dropped: hf has none"),
+        ("llama.cpp", "hf", {"dynatemp_range": 0.3, "min_p": 0.1}, "dynatemp_range is dropped: hf has none"),
         (OURS, "llama.cpp", {"mirostat_tau": 5.0, "top_k": 40}, "top_k is dropped: llama.cpp ignores it"),
         (OURS, "hf", {"top_h": 0.5}, "100 most probable tokens"),
         (OURS, "llama.cpp", {"typical_p": 0.5}, "cuts ties in typical_p by its sort"),
         (OURS, "hf", {}, "Say top_k 0: hf has top_k 50 where nothing is said"),
         (OURS, "llama.cpp", {"top_k": 3}, "Say temperature 1, top_p 1, min_p 0: llama.cpp has "),
+        (OURS, "llama.cpp", {"dynatemp_range": 0.3, "top_k": 5}, "a temperature that moves counts"),
+        ("llama.cpp", "hf", {"temperature": 0.0, "typical_p": 0.6}, "typical_p before temperature=0"),
+        (OURS, "hf", {"epsilon_cutoff": 0.1}, "hf keeps all ties with the most probable"),
+        ("llama.cpp", "vllm", {"temperature": 1e-6, "min_p": 0.1}, "most probable token below 1e-5"),
+        ("vllm", "llama.cpp", {"temperature": 2.0, "min_p": 1e-300}, "min_p is 2.22507e-308"),
+        (OURS, "vllm", {"min_tokens": 0, "stop_tokens": [3], "seed": 1}, "The seed names other noise there"),
         (OURS, "vllm", {"seed": 4}, "The seed names other noise there"),
     ],
 )  # fmt: skip
@@ -103,6 +123,45 @@ def test_whatever_is_said_the_other_engine_takes_it_and_ours_is_the_same_distrib
         ours = sample(x, found, 0, need=("kept", "entropy"))
         assert torch.equal(theirs.kept[1], ours.kept[1]) and torch.equal(theirs.entropy, ours.entropy)
         assert torch.equal(theirs.tokens, ours.tokens)
+
+
+def test_a_coin_instead_of_the_expectation_leaves_room_for_stages_behind_it() -> None:
+    settings = {"xtc_probability": 0.5, "xtc_by_expectation": True, "temperature": 0.7}
+    params, sentences = said(settings, OURS, "llama.cpp")
+    assert params.xtc_by_expectation is None and params.temperature == 0.7
+    assert sentences.count("is dropped") == 1
+
+
+def test_nothing_of_what_is_dropped_is_said_twice() -> None:
+    for to in (OURS, "vllm", "hf"):
+        assert said({"top_n_sigma": 0.0}, "llama.cpp", to)[1].count("top_n_sigma") == 1
+    assert "breakers" not in said({"dry_multiplier": 0.8, "dry_breakers": [5]}, OURS, "llama.cpp")[1]
+
+
+def test_where_nothing_is_said_the_other_engine_draws_from_the_same_distribution() -> None:
+    """Over adversarial settings, rows and all pairs. Passed over: sentences that say what to say there, and
+    those of values that were changed so that all stays the same."""
+    generator, compared = np.random.default_rng(5), 0
+    for number, to in itertools.product(range(60), ENGINES):
+        for params in sampling_rows.settings(number, 6, 40):
+            if params.order is not None:
+                continue
+            from_ = params.profile or OURS
+            found = twodice.translate(params, from_=from_, to=to)
+            harmless = ("The seed", "Say ", "min_p is ", f"penalty_range is {WHOLE}", f"dry_range is {WHOLE}")
+            if any(not sentence.startswith(harmless) for sentence in found.differences):
+                continue
+            x = torch.from_numpy(row(generator, generator.choice(["normal", "peaked", "ties", "gaps"]), 40))
+            history = (generator.integers(5, size=100), [0, 100], [40])
+            theirs, ours = (
+                sample(x, p, 100, history=history, state=[4.0], need=("kept", "entropy"), on_bad_row="flag")
+                for p in (params, found.params)
+            )
+            assert torch.equal(theirs.status, ours.status), (from_, to, params)
+            assert set(theirs.kept[1].tolist()) == set(ours.kept[1].tolist()), (from_, to, params)
+            torch.testing.assert_close(theirs.entropy, ours.entropy, rtol=1e-9, atol=1e-9, equal_nan=True)
+            compared += 1
+    assert compared > 400
 
 
 def test_every_pair_of_engines_takes_everything() -> None:

@@ -104,6 +104,46 @@ def test_a_row_that_cannot_be_served_is_handed_on_as_it_came() -> None:
     assert out[1].isfinite().sum() == 1
 
 
+def test_mirostat_goes_on_with_the_text_and_draws_again_what_was_thrown_away() -> None:
+    ours = processor()
+    settings = {"seed": 4, "mirostat_tau": 2.0, "mirostat_eta": 1.0}
+    output: list[int] = []
+    asks = VllmParams({"twodice": settings})
+    ours.update_state(BatchUpdate(1, [], [(0, asks, [1], output)], []))
+    x = torch.linspace(0, -6, VOCABULARY)[None]
+
+    def plain(state: float, position: int) -> tuple[int, float]:
+        found = sample(
+            x, SamplingParams.parse(settings), position, state=torch.tensor([state], dtype=torch.float64)
+        )
+        return int(found.tokens), float(found.state)
+
+    def drawn() -> int:
+        return int(ours.apply(x.clone()).argmax())
+
+    first, mu = plain(math.nan, 1)
+    assert drawn() == drawn() == first and ours._requests[0].after == mu, "thrown away, drawn again"
+    output.append(first)
+    second, mu_behind = plain(mu, 2)
+    assert drawn() == drawn() == second and ours._requests[0].after == mu_behind != mu
+    output += [second, 3]  # a token that we have not drawn: another text
+    assert math.isnan(ours._requests[0].state)
+    drawn()
+    assert ours._requests[0].after == plain(math.nan, 4)[1]
+
+
+def test_what_is_no_token_is_not_in_the_past_and_keeps_its_place() -> None:
+    """-1 stands for a token on its way, an id beyond the vocabulary for a part of an image."""
+    ours = processor()
+    settings = {"seed": 4, "presence_penalty": 2.0, "repetition_penalty": 1.5}
+    prompt, output = [1, VOCABULARY + 7, 2], [5, -1]
+    asks = VllmParams({"twodice": settings})
+    ours.update_state(BatchUpdate(1, [], [(0, asks, prompt, output)], []))
+    x = torch.linspace(0, -1, VOCABULARY)[None]
+    wanted = sample(x, SamplingParams.parse(settings), 5, history=([1, 2, 5], [0, 3], [2]))
+    assert int(ours.apply(x.clone()).argmax()) == int(wanted.tokens)
+
+
 def test_moves_follow_the_documented_rules() -> None:
     ours = processor()
     asks = [VllmParams({"twodice": {"seed": i}}) for i in range(4)]
