@@ -51,14 +51,16 @@ class Edits {
         const bool repeated = set_.penalty != 1.0f, counted = set_.presence != 0.0f || set_.frequency != 0.0f;
         if (!repeated && !counted) return;
         const int64_t begin = set_.penalty_range > 0 && set_.penalty_range < length_ ? length_ - set_.penalty_range : 0;
-        const int64_t text = (set_.rules & kCountPrompt) || prompt_ < begin ? begin : prompt_;
+        const int64_t behind = prompt_ < begin ? begin : prompt_;  // the prompt
+        const int64_t text = set_.rules & kCountPrompt ? begin : behind;
+        const int64_t first = !repeated ? text : set_.rules & kRepeatText ? behind : begin;  // no engine has both rules
         auto& ids = s_.distinct;
         auto& told = s_.told;
         auto& place = s_.numbers;  // of an id in `ids`, counted from 1
         ids.resize(length_), told.assign(length_, 0);
         place.resize(std::max<size_t>(place.size(), static_cast<size_t>(n_)), 0);
         int32_t n = 0;
-        for (int64_t j = repeated ? begin : text; j < length_; ++j) {
+        for (int64_t j = first; j < length_; ++j) {
             const int64_t id = past_[j];
             __builtin_prefetch(&place[past_[j + kAhead < length_ ? j + kAhead : j]], 1);
             const int32_t found = place[id], fresh = found == 0, at = fresh ? n : found - 1;

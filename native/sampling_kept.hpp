@@ -137,7 +137,9 @@ class Kept : public Row<F> {
         keep_from(static_cast<Key>(high) << 32);
     }
 
-    void least(double log_least, double log_sum) {
+    // `ties` keeps the equals of the first, whose z is 0, where none reaches the limit.
+    void least(double log_least, double log_sum, bool ties) {
+        if (ties && log_least > -log_sum) log_least = -log_sum;
         keep_where([&](double z) { return z - log_sum >= log_least; });
     }
 

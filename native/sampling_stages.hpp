@@ -27,13 +27,16 @@ class Stages : public Kept<F> {
             case kTopK: top_k(set.top_k, (set.rules & kTiesAtK) != 0); break;
             case kTopP: top_p(set.top_p, (set.rules & kJoint) != 0); break;
             case kMinP: keep_where([&](double z) { return z >= set.log_min_p; }); break;
-            case kTopH: top_h(set.top_h); break;
+            case kTopH:
+                if (set.rules & kTopHOf100) top_k(100, false);
+                top_h(set.top_h);
+                break;
             case kTypical: typical(set.typical_p); break;
-            case kEpsilon: least(set.log_epsilon, log_total()); break;
+            case kEpsilon: least(set.log_epsilon, log_total(), (set.rules & kTiesAtK) != 0); break;
             case kEta: {
                 const Moments m = moments();
                 const double other = 0.5 * set.log_eta - m.entropy;
-                least(set.log_eta < other ? set.log_eta : other, m.log_total);
+                least(set.log_eta < other ? set.log_eta : other, m.log_total, (set.rules & kTiesAtK) != 0);
                 break;
             }
             case kXtc: xtc(set); break;

@@ -35,7 +35,15 @@ enum Stage : uint8_t {
     kXtc = 12,
     kMirostat = 13,
 };
-enum Rule : int32_t { kTiesAtK = 1, kHighIdFirst = 2, kJoint = 4, kCountPrompt = 8, kXtcExpected = 16 };
+enum Rule : int32_t {
+    kTiesAtK = 1,
+    kHighIdFirst = 2,
+    kJoint = 4,
+    kCountPrompt = 8,
+    kXtcExpected = 16,
+    kTopHOf100 = 32,
+    kRepeatText = 64,
+};
 enum Purpose : uint32_t { kPurposeToken = 0, kPurposeXtc = 1 };
 
 struct List {

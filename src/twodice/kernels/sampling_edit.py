@@ -87,7 +87,8 @@ def _penalise(x: Tensor, row: Any, seen: list[int], prompt: int) -> None:
     """Repetition, then frequency, then presence, over the last `penalty_range` tokens."""
     begin = max(0, len(seen) - int(row["penalty_range"])) if row["penalty_range"] > 0 else 0
     if row["penalty"] != 1:
-        ids = torch.tensor(sorted(set(seen[begin:])), dtype=torch.int64, device=x.device)
+        first = max(begin, prompt) if row["rules"] & Rule.REPEAT_TEXT else begin
+        ids = torch.tensor(sorted(set(seen[first:])), dtype=torch.int64, device=x.device)
         factor = _number(row["penalty"], x)
         x[ids] = torch.where(x[ids] > 0, x[ids] / factor, x[ids] * factor)
     if row["frequency"] != 0 or row["presence"] != 0:

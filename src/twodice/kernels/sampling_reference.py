@@ -176,6 +176,8 @@ def _min_p(at: _Rows, row: Any) -> None:
 
 def _top_h(at: _Rows, row: Any) -> None:
     """The longest prefix, of tokens with a mass, whose part of the entropy is at most `top_h` of it."""
+    few = (_column(row, "rules", at.ordered) & int(Rule.TOP_H_OF_100)) != 0
+    at.end = torch.where(few, torch.minimum(at.end, at.begin + 100), at.end)
     w, m = _moments(at.z())
     log_total = _log_total(w)
 
@@ -204,20 +206,22 @@ def _typical(at: _Rows, row: Any) -> None:
     at.end = torch.where(taken, at.place, -1).max(1, keepdim=True).values + 1
 
 
-def _least(at: _Rows, log_least: Tensor, z: Tensor, log_total: Tensor) -> None:
+def _least(at: _Rows, row: Any, log_least: Tensor, z: Tensor, log_total: Tensor) -> None:
+    ties = (_column(row, "rules", at.ordered) & int(Rule.TIES_AT_K)) != 0
+    log_least = torch.where(ties, torch.minimum(log_least, -log_total), log_least)  # z of the first is 0
     at.keep_first(_count(at.kept & (z - log_total >= log_least)))
 
 
 def _epsilon(at: _Rows, row: Any) -> None:
     z = at.z()
-    _least(at, _column(row, "log_epsilon", at.ordered), z, _log_total(noise.weights(z)))
+    _least(at, row, _column(row, "log_epsilon", at.ordered), z, _log_total(noise.weights(z)))
 
 
 def _eta(at: _Rows, row: Any) -> None:
     z = at.z()
     log_total, entropy = _entropy(z)
     eta = _column(row, "log_eta", at.ordered)
-    _least(at, torch.minimum(eta, 0.5 * eta - entropy), z, log_total)
+    _least(at, row, torch.minimum(eta, 0.5 * eta - entropy), z, log_total)
 
 
 def _xtc(at: _Rows, row: Any, coin: Tensor) -> None:

@@ -52,7 +52,7 @@ class Rule(IntFlag):
     """Where engines differ; the contract's own rule is the flag's absence."""
 
     TIES_AT_K = 1
-    """Top-k keeps every token that ties with the k-th."""
+    """Top-k keeps every token that ties with the k-th; epsilon and eta every one that ties with the first."""
     HIGH_ID_FIRST = 2
     """Among equal logits the higher id stands earlier in the rank order."""
     JOINT = 4
@@ -62,6 +62,10 @@ class Rule(IntFlag):
     """Presence and frequency penalties count the prompt too."""
     XTC_EXPECTED = 16
     """XTC re-weights by its expectation; no coin is thrown."""
+    TOP_H_OF_100 = 32
+    """Top-h looks at the first 100 tokens and drops the others."""
+    REPEAT_TEXT = 64
+    """The repetition penalty looks at the text alone, not at its prompt."""
 
 
 NEEDS = (
@@ -152,6 +156,7 @@ class Settings:
             numbers = np.array(values, np.float64).astype(np.float32)
         counts = (table["presence"] != 0) | (table["frequency"] != 0)
         generated = (counts & ((table["rules"] & int(Rule.COUNT_PROMPT)) == 0)) | (table["min_tokens"] > 0)
+        generated |= (table["penalty"] != 1) & ((table["rules"] & int(Rule.REPEAT_TEXT)) != 0)
         repeats = (table["penalty"] != 1) | (table["ngram"] > 0) | (table["dry_multiplier"] > 0)
         return cls(
             table,

@@ -74,7 +74,7 @@ PROFILES: dict[str, Profile] = {
     "hf": Profile(
         ("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
         frozenset({"repetition_penalty", "no_repeat_ngram_size"}),
-        ("TIES_AT_K", "HIGH_ID_FIRST"),
+        ("TIES_AT_K", "HIGH_ID_FIRST", "TOP_H_OF_100"),
         source="transformers 5, run side by side in the tests; torch's sort taken as stable",
     ),
     "vllm": Profile(
@@ -97,7 +97,7 @@ PROFILES: dict[str, Profile] = {
     "sglang": Profile(
         ("temperature", "top_k", "top_p", "min_p"),
         frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"}),
-        ("JOINT",),
+        ("JOINT", "REPEAT_TEXT"),
         source="SGLang's torch path, read from its source; not run",
     ),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Draw, Past, Sampled, Settings, Status
-from twodice.sampling.arrays import returned, tensor_of
+from twodice.sampling.arrays import FLOATS, returned, tensor_of
 from twodice.sampling.chain import Packed, bits_of, fresh_key, key_of, pack
 from twodice.sampling.params import SamplingParams
 
@@ -102,7 +102,8 @@ def history_of(value: History | None, settings: Settings, rows: int, vocabulary:
         )
     if settings.reads_prompts and past is not None and past.prompts is None:
         raise RequestError(
-            "presence_penalty, frequency_penalty and min_tokens count the text without its prompt: history "
+            "presence_penalty, frequency_penalty, min_tokens and sglang's repetition_penalty count the text "
+            "without its prompt: history "
             "must be (ids, offsets, prompt_lengths); got no prompt_lengths"
         )
     return past if settings.reads_history else None
@@ -126,10 +127,14 @@ def mask_of(value: Any, rows: int, vocabulary: int, device: torch.device) -> Ten
 def _state(value: Any, rows: int) -> Tensor | None:
     if value is None:
         return None
-    found = value if isinstance(value, Tensor) else tensor_of("state", value)
+    found = value if isinstance(value, Tensor) else tensor_of("state", value, numbers=torch.float64)
     found = found.detach().to("cpu", torch.float64)
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
+    if bool(found.isinf().any()):
+        raise RequestError(
+            f"state must be finite, or NaN to start anew; got {found.tolist()[:8]}: give back Sampled.state"
+        )
     return found.contiguous()
 
 
@@ -242,9 +247,10 @@ def sample(
         return returned(found, logits)
     if logits.ndim == 1:
         logits = logits[None]
-    if logits.ndim != 2 or logits.shape[1] == 0 or not logits.dtype.is_floating_point:
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in FLOATS:
         raise ShapeError(
-            f"logits must be (rows, vocabulary) floats; got {tuple(logits.shape)} of {logits.dtype}"
+            "logits must be (rows, vocabulary) 16-, 32- or 64-bit floats; "
+            f"got {tuple(logits.shape)} of {logits.dtype}"
         )
     if logits.requires_grad:  # a choice has no gradient
         logits = logits.detach()

@@ -261,7 +261,7 @@ def _scores_that_count(x: Tensor, temperature: Tensor, draw: Draw, begin: int) -
         position, completion = (
             one if isinstance(one, int) else one[rows, None] for one in (draw.position, draw.completion)
         )
-        keys = torch.from_numpy(draw.keys.view("int64"))[rows, None]
+        keys = draw.keys[rows, None]
         return z + noise.gumbel(ids, position, completion, noise.PURPOSE_TOKEN, keys)
 
     at = (second >= 0).nonzero()[:, 0]

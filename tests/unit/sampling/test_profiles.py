@@ -32,7 +32,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from twodice.errors import ConfigError
+from twodice.errors import ConfigError, RequestError
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.profiles import PROFILES
 from twodice.sampling.sample import sample
@@ -131,7 +131,7 @@ ENGINES: dict[str, tuple[Keep, tuple[str, ...]]] = {
 
 
 def ours(x: Tensor, settings: dict[str, Any], history: Tensor, profile: str) -> set[int]:
-    past = (history, torch.tensor([0, len(history)]), torch.tensor([0]))
+    past = (history, torch.tensor([0, len(history)]), torch.tensor([0]))  # all of it is the text
     params = SamplingParams(profile=profile, seed=0, **settings)
     found = sample(x, params, 0, history=past, need=("kept",), on_bad_row="flag")
     assert found.kept is not None
@@ -143,21 +143,18 @@ def tokens_of(x: Tensor) -> set[int]:
 
 
 def is_known_difference(x: Tensor, settings: dict[str, Any], theirs: set[int], found: set[int]) -> bool:
-    """What the tests below state, each alone: top-h on rows of hardly any entropy, which are finer than our
-    masses; and ties with the first where no token reaches epsilon or eta."""
-    if "top_h" in settings:
-        warm = x.double() / settings.get("temperature", 1.0)
-        if float(torch.distributions.Categorical(logits=warm).entropy()) < 1e-6:
-            return True
-    cutoff = {"epsilon_cutoff", "eta_cutoff"} & set(settings)
-    return bool(cutoff) and len(found) == 1 and found < theirs and len(set(x[list(theirs)].tolist())) == 1
+    """Top-h on rows of hardly any entropy, which are finer than our masses."""
+    if "top_h" not in settings:
+        return False
+    warm = x.double() / settings.get("temperature", 1.0)
+    return float(torch.distributions.Categorical(logits=warm).entropy()) < 1e-6
 
 
 def cases(names: tuple[str, ...], number: int) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
     """Each setting alone over every kind of row, then chains of several."""
     generator = np.random.default_rng(number)
     for i in range(number):
-        vocabulary = int(generator.choice([7, 50, 97]))
+        vocabulary = int(generator.choice([7, 50, 97, 230]))
         x = torch.from_numpy(row(generator, KINDS[i % len(KINDS)], vocabulary)).float()
         history = torch.from_numpy(generator.integers(min(vocabulary, 9), size=12))
         on = [n for n in names if generator.random() < 0.35] if i % 2 else []
@@ -222,17 +219,34 @@ def test_the_engines_differ_where_the_profiles_say_so() -> None:
     assert kept == {"hf": 4, "vllm": 4, "llama.cpp": 2, "sglang": 4}
 
 
-def test_transformers_keeps_ties_with_the_first_below_a_cutoff_and_we_keep_one_token() -> None:
+def test_the_repetition_penalty_of_sglang_looks_at_the_text_alone() -> None:
+    x, past = torch.tensor([2.0, 2.0, 2.0, 2.0]), ([0, 1, 2], [0, 3], [1])
+    for name, least in ((None, [3]), ("hf", [3]), ("vllm", [3]), ("sglang", [0, 3])):
+        params = SamplingParams(repetition_penalty=2.0, min_p=1.0, seed=0, profile=name)
+        found = sample(x, params, 3, history=past, need=("kept",)).kept
+        assert found is not None and sorted(found[1].tolist()) == least, name
+    with pytest.raises(RequestError, match="sglang's repetition_penalty"):
+        sample(x, params, 3, history=past[:2])
+
+
+def test_hf_keeps_ties_with_the_first_below_a_cutoff_and_we_keep_one_token() -> None:
     x = torch.tensor([1.0, 2.0, 2.0, 2.0])
-    theirs = by_transformers(x, {"epsilon_cutoff": 0.9}, torch.tensor([0]))
-    assert tokens_of(theirs) == {1, 2, 3}
-    assert ours(x, {"epsilon_cutoff": 0.9}, torch.tensor([0]), "hf") == {3}
+    settings = {"epsilon_cutoff": 0.9}
+    theirs = by_transformers(x, settings, torch.tensor([0]))
+    assert ours(x, settings, torch.tensor([0]), "hf") == tokens_of(theirs) == {1, 2, 3}
+    found = sample(x, SamplingParams(seed=0, **settings), 0, need=("kept",)).kept
+    assert found is not None and found[1].tolist() == [1]
 
 
-def test_transformers_looks_at_a_hundred_tokens_for_top_h_and_we_at_all() -> None:
+def test_hf_looks_at_a_hundred_tokens_for_top_h_and_we_at_all() -> None:
     x = torch.linspace(0, -0.01, 400)
-    assert len(tokens_of(by_transformers(x, {"top_h": 0.9}, torch.tensor([0])))) in (89, 90)
-    assert len(ours(x, {"top_h": 0.9}, torch.tensor([0]), "hf")) in (359, 360)
+    settings = {"top_h": 0.893}
+    theirs = by_transformers(x, settings, torch.tensor([0]))
+    assert ours(x, settings, torch.tensor([0]), "hf") == tokens_of(theirs) == set(range(89))
+    found = sample(x, SamplingParams(seed=0, **settings), 0, need=("kept",)).kept
+    assert found is not None and len(found[1]) in (356, 357)
+    x = torch.zeros(300)  # ties at the hundredth: a hundred all the same
+    assert len(ours(x, {"top_h": 1 - 1e-9}, torch.tensor([0]), "hf")) == 99
 
 
 def test_llama_cpp_takes_a_sigma_of_0_for_off_and_throws_the_coin_of_xtc() -> None:

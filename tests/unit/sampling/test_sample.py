@@ -29,6 +29,12 @@ def kept_of(logits: torch.Tensor, params: SamplingParams) -> list[int]:
     return found.kept[1].tolist()
 
 
+def test_a_state_that_was_a_list_in_between_loses_no_bit() -> None:
+    params = SamplingParams(mirostat_tau=2.0, mirostat_eta=0.0, seed=0)
+    found = sample(torch.zeros(1, 64), params, 0, state=[6.1])
+    assert found.state is not None and found.state.tolist() == [6.1]
+
+
 def test_a_seeded_row_gives_the_same_token_alone_among_any_neighbours_and_at_any_place() -> None:
     x = logits_of(24, 300)
     params = [SamplingParams(seed=i, top_k=[None, 5, 50][i % 3], top_p=[None, 0.9][i % 2]) for i in range(24)]
