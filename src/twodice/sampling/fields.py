@@ -33,13 +33,18 @@ class Field:
 
     def holds(self, value: float) -> bool:
         """Whether `value` lies in the interval (NaN does not)."""
-        low, high = (_bound(text) for text in self.interval[1:-1].split(", "))
-        above = value > low if self.interval[0] == "(" else value >= low
-        below = value < high if self.interval[-1] == ")" else value <= high
+        low, high, open_low, open_high = _ends(self.interval)
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
         return above and below
 
 
 @cache
+def _ends(interval: str) -> tuple[float, float, bool, bool]:
+    low, high = (_bound(text) for text in interval[1:-1].split(", "))
+    return low, high, interval[0] == "(", interval[-1] == ")"
+
+
 def _bound(text: str) -> float:
     if "^" in text:
         sign = -1 if text.startswith("-") else 1

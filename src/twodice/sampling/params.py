@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from twodice.errors import ConfigError, nearest
 from twodice.sampling.fields import FIELDS, bias, is_off, number, token_ids
 from twodice.sampling.profiles import ORDER, SWITCH, check_order, profile
+
+_values = attrgetter(*FIELDS)  # every setting; a request makes one of these objects, so it counts
 
 
 @dataclass(frozen=True, eq=True, kw_only=True, repr=False)
@@ -140,8 +143,7 @@ class SamplingParams:
             raise ConfigError(
                 f"temperature must be in {FIELDS['temperature'].interval}; got None: 1 is neutral"
             )
-        for name, field in FIELDS.items():
-            value = getattr(self, name)
+        for (name, field), value in zip(FIELDS.items(), _values(self), strict=True):
             if value is None:
                 continue
             if field.kind == "ids":
@@ -161,14 +163,14 @@ class SamplingParams:
         return f"SamplingParams({', '.join(told)})"
 
     def _hash_of(self) -> int:
-        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+        return hash(_values(self))
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the hash: that of None differs between processes before Python 3.12.
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return dict(zip(FIELDS, _values(self), strict=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
