@@ -177,4 +177,13 @@ struct ROWS {
             row.lanes ? backward_of<false, true>(row, how, x, g, lse, delta)
                       : backward_of<false, false>(row, how, x, g, lse, delta);
     }
+
+    template <class T>
+    TARGET static void widen_row(const T* from, float* to, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+    }
+    template <class T>
+    TARGET static void narrow_row(const float* from, T* to, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+    }
 };
