@@ -19,9 +19,10 @@ from twodice.kernels.attention_reference import Rule
 from twodice.kernels.dropout_layout import Coordinates
 from twodice.random.draws import ONE
 
-#: Queries of a causal block (half of them with few keys, as less of it then lies beyond the diagonal), and
-#: elements of a block of scores: small enough for the caches, large enough for few products.
-ROWS = 128
+#: Queries of a block where their places decide what they see (half of them with few keys, as less of a block
+#: then lies beyond the diagonal), and elements of a block where they do not: small enough for the caches,
+#: large enough for few products.
+ROWS = 64
 ELEMENTS = 1 << 16
 
 
@@ -77,8 +78,9 @@ def _steps(x: torch.Tensor | None, *axes: int) -> tuple[int, tuple[int, ...]]:
 def _rows(T: int, S: int, rule: Rule) -> int:
     """How many queries a block has."""
     if rule.causal or rule.window:
-        return min(T, ROWS if S > 2 * ROWS else max(1, ROWS // 2))
-    return max(1, min(T, ELEMENTS // S))
+        width = min(S, rule.window) if rule.window else S
+        return min(T, ROWS if width > 8 * ROWS else max(1, ROWS // 2))
+    return min(T, max(ROWS, ELEMENTS // S))
 
 
 class Call:
