@@ -25,6 +25,8 @@ from twodice.random.draws import ONE
 ROWS = 64
 ELEMENTS = 1 << 16
 
+lent.lend()
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:

@@ -32,14 +32,20 @@ needs_native = pytest.mark.skipif(dispatch.native is None, reason="no native mod
 COUNT = """
 import os, sys, torch
 from twodice.kernels import dispatch
-from twodice.kernels.dropout import dropout  # lends
+if sys.argv[2] == "dropout":
+    from twodice.kernels.dropout import dropout  # lends
+else:
+    from twodice.kernels.attention import attention  # lends
 torch.set_num_threads(2)
 x = torch.ones(4, 1024, 256)
 torch.mul(x, 2.0)
 if sys.argv[1] == "own":
     dispatch.native.lend_threads(0)
 before = len(os.listdir("/proc/self/task"))
-dropout(x, 6554, 1, 2)
+if sys.argv[2] == "dropout":
+    dropout(x, 6554, 1, 2)
+else:
+    attention(x[None, :1], x[None, :1], x[None, :1], 6554, 1, 2)  # one head, whose rows are shared
 print(len(os.listdir("/proc/self/task")) - before)
 """
 
@@ -47,11 +53,11 @@ print(len(os.listdir("/proc/self/task")) - before)
 @needs_team
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads here")
+@pytest.mark.parametrize("operation", ["dropout", "attention"])
 @pytest.mark.parametrize(("which", "more"), [("lent", 0), ("own", 1)])
-def test_native_kernels_start_no_threads_beside_those_of_torch(which: str, more: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT, which], capture_output=True, text=True, check=True, timeout=120
-    )
+def test_native_kernels_start_no_threads_beside_those_of_torch(which: str, more: int, operation: str) -> None:
+    command = [sys.executable, "-c", COUNT, which, operation]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) == more
 
 
