@@ -1,275 +1,259 @@
-// Attention between its matrix products: on a block of scores in scratch, the scale, cap, bias, masks, softmax, DropKey
-// and dropout in one go, and the same backwards with the masks rebuilt from their keys. The readable twin is
-// src/twodice/kernels/attention_reference.py. Takes raw addresses; knows no torch and does no matrix product.
+// Attention on the CPU in blocks. A block is some queries of one head; its scores against all keys that they may see lie
+// in scratch, which stays in the cache and is used again for the next block. Forward: scores, weights in their place,
+// product with the values. Backward: the same scores, the gradient of the weights, then both turned in place into weights
+// with dropout and gradient of scores, and three products. All in float32: other types are converted block by block. The
+// products are those of the library whose address is given; what stands between them is in attention_weights.hpp. The
+// readable twin is src/twodice/kernels/attention_reference.py. Takes raw addresses; knows no torch.
 //
-// Letters: B rows, H query heads, T queries, S keys, W value width.
+// Letters: B rows, H query heads, N key heads, T queries, S keys, K key width, W value width.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
+#include <array>
+#include <atomic>
+#include <memory>
 #include <tuple>
-#include <utility>
 #include <vector>
 
-#include "philox.hpp"
-#include "threads.hpp"
-#include "vector16.hpp"
+#include "attention_weights.hpp"
 
 namespace nb = nanobind;
 
 namespace twodice {
 namespace {
 
-// How scores become weights, the same for all rows of a call.
-struct Scores {
-    float scale, softcap;  // a softcap of 0 is none
-    float keep_scale;
-    uint16_t drop, drop_keys;
-    bool plain;  // nothing but the scale stands between a score and its exponential
-};
+// `sgemm` of BLAS: c = alpha a b + beta c, all in columns. Its integers have 32 bits or 64; on a little-endian machine
+// ours are read rightly as either.
+using Sgemm = void (*)(const char*, const char*, const int64_t*, const int64_t*, const int64_t*, const float*, const float*,
+                       const int64_t*, const float*, const int64_t*, const float*, float*, const int64_t*);
 
-// One row of scores: the n keys that its query may see by its place, and what each of them meets.
-struct Row {
-    int64_t n;
-    const float* bias;
-    const uint8_t* seen;
-    const uint16_t *lanes, *key_lanes;
-    float sink;
-};
+// What a thread has in its own memory: a block of scores and of their gradients, and copies in float32 of other types.
+enum Piece { kScores, kGrads, kQuery, kKey, kValue, kOut, kUp, kToQuery, kToKey, kToValue, kPieces };
 
-#define TARGET
-#define INLINE inline
-#define ROWS RowsPortable
-using V = Vector16Portable;
-#include "attention_rows.hpp"
-#undef ROWS
-#undef TARGET
-#undef INLINE
-#if TWODICE_X86
-#define INLINE TWODICE_INLINE
-namespace avx2 {
-#define TARGET TWODICE_AVX2
-#define ROWS RowsAvx2
-using V = Vector16Avx2;
-#include "attention_rows.hpp"
-#undef ROWS
-#undef TARGET
-}  // namespace avx2
-namespace avx512 {
-#define TARGET TWODICE_AVX512
-#define ROWS RowsAvx512
-using V = Vector16Avx512;
-#include "attention_rows.hpp"
-#undef ROWS
-#undef TARGET
-}  // namespace avx512
-#undef INLINE
-#endif
+// Of four dimensions (B, heads, rows, width): the last contiguous, strides in elements of the others.
+struct Tensor {
+    char* data;
+    int64_t stride[3];
+    int64_t width;
+    Piece copy;
+    int64_t offset(int64_t b, int64_t head, int64_t row) const {
+        return b * stride[0] + head * stride[1] + row * stride[2];
+    }
+};
 
 using Two = std::tuple<int64_t, int64_t>;
 using Three = std::tuple<int64_t, int64_t, int64_t>;
-using Four = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Seven = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Strided = std::tuple<uintptr_t, Three>;
+using Integers = std::tuple<uintptr_t, Two>;
 
-constexpr int64_t kGrain = 8192;  // elements of scores below which no second thread is worth its waking
+Tensor tensor(const Strided& from, int64_t width, Piece copy) {
+    Tensor out{reinterpret_cast<char*>(std::get<0>(from)), {}, width, copy};
+    std::tie(out.stride[0], out.stride[1], out.stride[2]) = std::get<1>(from);
+    return out;
+}
 
-// Integers of rows and columns, which may not be given.
-struct Given {
-    const int64_t* values;
-    int64_t down, along;
-    int64_t at(int64_t b, int64_t i, int64_t otherwise) const { return values ? values[b * down + i * along] : otherwise; }
-};
-
-// Keys whose positions follow one another: `count` of them from `key` on, the first at `position`.
-struct Stretch {
-    int64_t key, position, count;
-};
-
-// A block of scores, (rows of one batch of products) x (queries) x (keys), contiguous, and where it stands: entry i of the
-// batch is (b, h) = divmod(first + i * step, H).
-struct Block {
-    float* scores;
-    float* grads;
-    int64_t count, rows, keys, first, step, first_row, first_key;
-    const float *up, *out;
-    int64_t up_stride[2], out_stride[2], width;
-};
+Given integers(const Integers& from) {
+    const auto& [down, along] = std::get<1>(from);
+    return {reinterpret_cast<const int64_t*>(std::get<0>(from)), down, along};
+}
 
 class Attention {
    public:
-    Attention(Four shape, float scale, float softcap, bool causal, int64_t window, uintptr_t bias, bool boolean,
-              Three bias_stride, uintptr_t sinks, uintptr_t lse, uintptr_t delta, uintptr_t example, Two example_stride,
-              uintptr_t position, Two position_stride, uintptr_t column, Two column_stride, uintptr_t step,
-              uint64_t key, int threshold, uint64_t keys_key, int key_threshold, int threads)
-        : causal_(causal),
-          boolean_(boolean),
-          window_(window),
-          bias_(bias),
-          sinks_(reinterpret_cast<const float*>(sinks)),
-          lse_(reinterpret_cast<float*>(lse)),
-          delta_(reinterpret_cast<float*>(delta)),
-          example_{reinterpret_cast<const int64_t*>(example), std::get<0>(example_stride), std::get<1>(example_stride)},
-          position_{reinterpret_cast<const int64_t*>(position), std::get<0>(position_stride),
-                    std::get<1>(position_stride)},
-          step_(reinterpret_cast<const int64_t*>(step)),
-          threads_(threads) {
-        std::tie(B_, H_, T_, S_) = shape;
-        std::tie(bias_stride_[0], bias_stride_[1], bias_stride_[2]) = bias_stride;
-        how_.scale = scale, how_.softcap = softcap;
-        how_.drop = static_cast<uint16_t>(threshold), how_.drop_keys = static_cast<uint16_t>(key_threshold);
-        how_.keep_scale = static_cast<float>(65536.0 / (65536 - threshold));
-        how_.plain = scale > 0.0f && softcap == 0.0f && !bias && !key_threshold;
-        run_.set_key(key), keys_run_.set_key(keys_key);
-        const Given columns{reinterpret_cast<const int64_t*>(column), std::get<0>(column_stride),
-                            std::get<1>(column_stride)};
-        const int64_t rows = columns.values && columns.down ? B_ : 1;
-        stretches_.resize(static_cast<size_t>(rows));
-        for (int64_t b = 0; b < rows; ++b) {
-            std::vector<Stretch>& row = stretches_[static_cast<size_t>(b)];
-            for (int64_t s = 0; s < S_; ++s) {
-                const int64_t at = columns.at(b, s, s);
-                if (row.empty() || at != row.back().position + row.back().count) row.push_back({s, at, 0});
-                ++row.back().count;
+    Attention(uintptr_t sgemm, Seven shape, int bits, bool brain, int64_t rows, float scale, float softcap, bool causal,
+              int64_t window, Strided bias, bool boolean, uintptr_t sinks, uintptr_t lse, uintptr_t delta, Integers example,
+              Integers position, Integers column, uintptr_t step, uint64_t key, int threshold, uint64_t keys_key,
+              int key_threshold, int threads)
+        : sgemm_(reinterpret_cast<Sgemm>(sgemm)), wide_(bits == 32), brain_(brain), threads_(threads) {
+        std::tie(B_, H_, N_, T_, S_, K_, W_) = shape;
+        Meeting given{};
+        given.B = B_, given.H = H_, given.T = T_, given.S = S_, given.causal = causal, given.window = window;
+        given.bias = reinterpret_cast<const char*>(std::get<0>(bias)), given.boolean = boolean;
+        std::tie(given.bias_stride[0], given.bias_stride[1], given.bias_stride[2]) = std::get<1>(bias);
+        given.sinks = reinterpret_cast<const float*>(sinks);
+        given.lse = reinterpret_cast<float*>(lse), given.delta = reinterpret_cast<float*>(delta);
+        given.example = integers(example), given.position = integers(position), given.column = integers(column);
+        given.step = reinterpret_cast<const int64_t*>(step);
+        Scores how{};
+        how.scale = scale, how.softcap = softcap;
+        how.drop = static_cast<uint16_t>(threshold), how.drop_keys = static_cast<uint16_t>(key_threshold);
+        how.keep_scale = static_cast<float>(65536.0 / (65536 - threshold));
+        how.plain = scale > 0.0f && softcap == 0.0f && !given.bias && !key_threshold;
+        weights_ = std::make_unique<Weights>(given, how, key, keys_key);
+        for (int64_t row = 0; row < T_; row += rows) spans_.push_back(weights_->span(row, std::min(rows, T_ - row)));
+        int64_t scores = 0;
+        for (const Span& at : spans_) scores = std::max(scores, at.rows * at.keys);
+        const int64_t copied = wide_ ? 0 : 1, some = copied * std::min(rows, T_), all = copied * S_;
+        sizes_ = {scores, scores, some * K_, all * K_, all * W_, some * W_, some * W_, some * K_, all * K_, all * W_};
+    }
+
+    void forward(Strided query, Strided key, Strided value, Strided out) const {
+        const Tensor q = tensor(query, K_, kQuery), k = tensor(key, K_, kKey);
+        const Tensor v = tensor(value, W_, kValue), o = tensor(out, W_, kOut);
+        each_part(threads_, [&](int64_t b, int64_t n, Worker& by) {
+            const Matrix keys = read(k, b, n, 0, S_, by), values = read(v, b, n, 0, S_, by);
+            for (int64_t h = n * (H_ / N_); h < (n + 1) * (H_ / N_); ++h) {
+                for (const Span& at : spans_) {
+                    const Matrix scores{by.piece[kScores], at.keys}, rows = read(q, b, h, at.row, at.rows, by);
+                    product(at.rows, at.keys, K_, rows, false, keys.from(at.key), true, 0.0f, scores);
+                    weights_->forward(b, h, at, scores.at, by.rows, by.threads);
+                    const Matrix result = target(o, b, h, at.row, by);
+                    product(at.rows, W_, at.keys, scores, false, values.from(at.key), false, 0.0f, result);
+                    store(o, b, h, at.row, at.rows, by);
+                }
             }
-        }
-    }
-
-    // The weights with dropout in place of the scores; writes the log of the sum of exponentials of each row.
-    void forward(uintptr_t scores, Three size, Four place) const {
-        Block at{};
-        at.scores = reinterpret_cast<float*>(scores);
-        set(at, size, place);
-        each_row(at, false);
-    }
-
-    // From scores and the gradient of the weights with dropout: those weights, and the gradient of the products of queries
-    // and keys, in place; writes delta, the product of each row of the result with its gradient.
-    void backward(uintptr_t scores, uintptr_t grads, Three size, Four place, uintptr_t up, Two up_stride, uintptr_t out,
-                  Two out_stride, int64_t width) const {
-        Block at{};
-        at.scores = reinterpret_cast<float*>(scores), at.grads = reinterpret_cast<float*>(grads);
-        at.up = reinterpret_cast<const float*>(up), at.out = reinterpret_cast<const float*>(out);
-        std::tie(at.up_stride[0], at.up_stride[1]) = up_stride;
-        std::tie(at.out_stride[0], at.out_stride[1]) = out_stride;
-        at.width = width;
-        set(at, size, place);
-        each_row(at, true);
-    }
-
-   private:
-    static void set(Block& at, const Three& size, const Four& place) {
-        std::tie(at.count, at.rows, at.keys) = size;
-        std::tie(at.first, at.step, at.first_row, at.first_key) = place;
-    }
-
-    void each_row(Block& at, bool backward) const {
-        nb::gil_scoped_release release;
-        const int64_t rows = at.count * at.rows, grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, at.keys));
-        const auto some = [&](int64_t begin, int64_t end) {
-            Scratch scratch;
-            scratch.run = run_, scratch.keys_run = keys_run_;
-            for (int64_t i = begin; i < end; ++i) one(at, i, backward, scratch);
-        };
-        parallel_for(rows, grain, threads_, some);
-    }
-
-    struct Scratch {
-        Run run, keys_run;
-        std::vector<uint16_t> lanes, key_lanes;
-    };
-
-    void one(const Block& at, int64_t index, bool backward, Scratch& scratch) const {
-        const int64_t entry = at.first + index / at.rows * at.step, b = entry / H_, h = entry % H_;
-        const int64_t in_block = index % at.rows, t = at.first_row + in_block, end = at.first_key + at.keys;
-        int64_t low = at.first_key, high = end;
-        if (causal_) high = std::min(high, t + 1);
-        if (window_ > 0) low = std::max(low, t - window_ + 1), high = std::min(high, t + window_);
-        low = std::min(low, end), high = std::max(low, high);
-        const int64_t before = low - at.first_key, after = end - high;
-        float* x = at.scores + index * at.keys;
-        float* g = at.grads ? at.grads + index * at.keys : nullptr;
-        const auto clear = [&](float* from) {
-            std::memset(from, 0, static_cast<size_t>(before) * sizeof(float));
-            std::memset(from + at.keys - after, 0, static_cast<size_t>(after) * sizeof(float));
-        };
-        clear(x);
-        if (g) clear(g);
-        Row row{high - low, nullptr, nullptr, nullptr, nullptr, sinks_ ? sinks_[h] : kMinusInfinity};
-        if (bias_) {
-            const int64_t offset = b * bias_stride_[0] + h * bias_stride_[1] + t * bias_stride_[2] + low;
-            if (boolean_) row.seen = reinterpret_cast<const uint8_t*>(bias_) + offset;
-            else row.bias = reinterpret_cast<const float*>(bias_) + offset;
-        }
-        if (how_.drop) row.lanes = lanes(scratch.run, scratch.lanes, b, h, t, low, high);
-        if (how_.drop_keys) row.key_lanes = lanes(scratch.keys_run, scratch.key_lanes, b, h, t, low, high);
-        const int64_t of_row = (b * H_ + h) * T_ + t;
-        if (!backward) {
-            lse_[of_row] = with_level([&](auto rows) { return decltype(rows)::forward(row, how_, x + before); });
-            return;
-        }
-        const int64_t n = index / at.rows;
-        const float* up = at.up + n * at.up_stride[0] + in_block * at.up_stride[1];
-        const float* out = at.out + n * at.out_stride[0] + in_block * at.out_stride[1];
-        delta_[of_row] = with_level([&](auto rows) {
-            const float delta = decltype(rows)::dot(up, out, at.width);
-            decltype(rows)::backward(row, how_, x + before, g + before, lse_[of_row], delta);
-            return delta;
         });
     }
 
+    // Adds to the gradient of the bias, (B, H, T, S) in float32 by strides, 0 where the bias has one value, if there is one.
+    void backward(Strided query, Strided key, Strided value, Strided out, Strided grad, Strided to_query, Strided to_key,
+                  Strided to_value, Strided to_bias, int64_t to_bias_step) const {
+        const Tensor q = tensor(query, K_, kQuery), k = tensor(key, K_, kKey), v = tensor(value, W_, kValue);
+        const Tensor o = tensor(out, W_, kOut), up = tensor(grad, W_, kUp), for_q = tensor(to_query, K_, kToQuery);
+        const Tensor for_k = tensor(to_key, K_, kToKey), for_v = tensor(to_value, W_, kToValue);
+        const Tensor for_bias = tensor(to_bias, to_bias_step, kPieces);
+        // Parts share the bias, and a sum must not depend on who comes first.
+        each_part(for_bias.data ? 1 : threads_, [&](int64_t b, int64_t n, Worker& by) {
+            const Matrix keys = read(k, b, n, 0, S_, by), values = read(v, b, n, 0, S_, by);
+            const Matrix sum_k = target(for_k, b, n, 0, by), sum_v = target(for_v, b, n, 0, by);
+            bool fresh = true;
+            for (int64_t h = n * (H_ / N_); h < (n + 1) * (H_ / N_); ++h) {
+                // From the last rows on, so that the first block of a causal pass has all keys.
+                for (size_t i = spans_.size(); i-- > 0;) {
+                    const Span& at = spans_[i];
+                    const Matrix weights{by.piece[kScores], at.keys}, grads{by.piece[kGrads], at.keys};
+                    const Matrix rows = read(q, b, h, at.row, at.rows, by), ups = read(up, b, h, at.row, at.rows, by);
+                    product(at.rows, at.keys, K_, rows, false, keys.from(at.key), true, 0.0f, weights);
+                    product(at.rows, at.keys, W_, ups, false, values.from(at.key), true, 0.0f, grads);
+                    weights_->backward(b, h, at, weights.at, grads.at, read(o, b, h, at.row, at.rows, by), ups, W_, by.rows,
+                                       by.threads);
+                    if (for_bias.data) add(for_bias, b, h, at, grads.at);
+                    const Matrix result = target(for_q, b, h, at.row, by);
+                    product(at.rows, K_, at.keys, grads, false, keys.from(at.key), false, 0.0f, result);
+                    store(for_q, b, h, at.row, at.rows, by);
+                    if (fresh && at.keys < S_) clear(sum_k, K_), clear(sum_v, W_), fresh = false;
+                    const float beta = fresh ? 0.0f : 1.0f;
+                    product(at.keys, W_, at.rows, weights, true, ups, false, beta, sum_v.from(at.key));
+                    product(at.keys, K_, at.rows, grads, true, rows, false, beta, sum_k.from(at.key));
+                    fresh = false;
+                }
+            }
+            store(for_k, b, n, 0, S_, by), store(for_v, b, n, 0, S_, by);
+        });
+    }
+
+    // Bytes that each thread works in.
+    int64_t scratch() const { return total() * static_cast<int64_t>(sizeof(float)); }
+
+   private:
+    // A thread, its memory, and how many threads it may ask to help with the rows of a block.
+    struct Worker {
+        std::unique_ptr<float[]> held;
+        float* piece[kPieces];
+        Weights::Scratch rows;
+        int threads;
+    };
+
+    static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+    int64_t total() const {
+        int64_t floats = 16;
+        for (int64_t size : sizes_) floats += padded(size);
+        return floats;
+    }
+
+    Worker worker(int threads) const {
+        Worker by{std::unique_ptr<float[]>(new float[static_cast<size_t>(total())]), {}, weights_->scratch(), threads};
+        float* next = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(by.held.get()) + 63) / 64 * 64);
+        for (size_t i = 0; i < kPieces; ++i) by.piece[i] = next, next += padded(sizes_[i]);
+        return by;
+    }
+
+    // Each head of keys with all its queries, on threads that are lent; without such, products use threads of their own.
+    template <class Part>
+    void each_part(int threads, Part&& part) const {
+        nb::gil_scoped_release release;
+        const int64_t parts = B_ * N_, workers = Pool::is_lent() ? std::min<int64_t>(parts, threads) : 1;
+        std::atomic<int64_t> next{0};
+        parallel_for(workers, 1, threads, [&](int64_t begin, int64_t end) {
+            for (; begin < end; ++begin) {
+                Worker by = worker(workers == 1 ? threads_ : 1);
+                for (int64_t i; (i = next.fetch_add(1)) < parts;) part(i / N_, i % N_, by);
+            }
+        });
+    }
+
+    // c = a b + beta c for c of m rows and n columns, a (m, k) or turned (k, m), b (k, n) or turned (n, k).
+    void product(int64_t m, int64_t n, int64_t k, Matrix a, bool a_turned, Matrix b, bool b_turned, float beta,
+                 Matrix c) const {
+        if (k == 0) {
+            for (int64_t i = 0; beta == 0.0f && i < m; ++i) std::fill_n(c.from(i).at, n, 0.0f);
+            return;
+        }
+        if (n == 0 || m == 0) return;
+        // What has rows here has columns there, so all is turned: c' = b' a'.
+        const float one = 1.0f;
+        sgemm_(b_turned ? "T" : "N", a_turned ? "T" : "N", &n, &m, &k, &one, b.at, &b.step, a.at, &a.step, &beta, c.at,
+               &c.step);
+    }
+
+    void clear(Matrix x, int64_t width) const {
+        for (int64_t s = 0; s < S_; ++s) std::fill_n(x.from(s).at, width, 0.0f);
+    }
+
+    // Where rows of a head stand in float32, or are written before `store`.
+    Matrix target(const Tensor& x, int64_t b, int64_t head, int64_t row, Worker& by) const {
+        if (wide_) return {reinterpret_cast<float*>(x.data) + x.offset(b, head, row), x.stride[2]};
+        return {by.piece[x.copy], x.width};
+    }
+
+    Matrix read(const Tensor& x, int64_t b, int64_t head, int64_t row, int64_t rows, Worker& by) const {
+        const Matrix copy = target(x, b, head, row, by);
+        each_half(x, b, head, row, rows, [&](auto level, auto* from, int64_t i) {
+            decltype(level)::widen_row(from, copy.from(i).at, x.width);
+        });
+        return copy;
+    }
+
+    void store(const Tensor& x, int64_t b, int64_t head, int64_t row, int64_t rows, Worker& by) const {
+        const Matrix copy = target(x, b, head, row, by);
+        each_half(x, b, head, row, rows, [&](auto level, auto* to, int64_t i) {
+            decltype(level)::narrow_row(copy.from(i).at, to, x.width);
+        });
+    }
+
+    // Nothing in float32.
     template <class Do>
-    static float with_level(Do&& what) {
-        switch (simd_level().load(std::memory_order_relaxed)) {
-#if TWODICE_X86
-            case Simd::avx512: return what(avx512::RowsAvx512{});
-            case Simd::avx2: return what(avx2::RowsAvx2{});
-#endif
-            default: return what(RowsPortable{});
+    void each_half(const Tensor& x, int64_t b, int64_t head, int64_t row, int64_t rows, Do&& what) const {
+        if (wide_) return;
+        with_level([&](auto level) {
+            for (int64_t i = 0; i < rows; ++i) {
+                char* at = x.data + 2 * x.offset(b, head, row + i);
+                if (brain_) what(level, reinterpret_cast<Bf16*>(at), i);
+                else what(level, reinterpret_cast<F16*>(at), i);
+            }
+        });
+    }
+
+    static void add(const Tensor& bias, int64_t b, int64_t h, const Span& at, const float* grads) {
+        for (int64_t i = 0; i < at.rows; ++i, grads += at.keys) {
+            float* into = reinterpret_cast<float*>(bias.data) + bias.offset(b, h, at.row + i);
+            if (bias.width) {
+                for (int64_t s = 0; s < at.keys; ++s) into[at.key + s] += grads[s];
+            } else {
+                double sum = 0.0;
+                for (int64_t s = 0; s < at.keys; ++s) sum += grads[s];
+                *into += static_cast<float>(sum);
+            }
         }
     }
 
-    // The lanes of the keys [low, high) of a row. 64 at a time are made, so that none is made one by one.
-    const uint16_t* lanes(Run& run, std::vector<uint16_t>& made, int64_t b, int64_t h, int64_t t, int64_t low,
-                          int64_t high) const {
-        run.set_row(static_cast<uint32_t>(position_.at(b, t, t)), static_cast<uint32_t>(example_.at(b, t, b)),
-                    static_cast<uint32_t>(step_[b]));
-        const uint32_t head = static_cast<uint32_t>(h) << 20;
-        const std::vector<Stretch>& all = stretches_[stretches_.size() == 1 ? 0 : static_cast<size_t>(b)];
-        const size_t wanted = static_cast<size_t>(high - low);
-        if (made.size() < wanted + 256) made.resize(wanted + 256);
-        uint16_t* chosen = made.data();
-        for (const Stretch& s : all) {
-            const int64_t from = std::max(low, s.key), to = std::min(high, s.key + s.count);
-            if (from >= to) continue;
-            const int64_t column = s.position + (from - s.key), first = column / 8 * 8, last = column + (to - from);
-            const size_t counters = static_cast<size_t>((last - first + 63) / 64 * 8);
-            if (all.size() == 1) {
-                fill_lanes(run, head | static_cast<uint32_t>(first / 8), counters, made.data());
-                return made.data() + (column - first);
-            }
-            uint16_t some[512];
-            for (int64_t at = first; at < last; at += 512) {
-                const size_t n = std::min(counters - static_cast<size_t>(at - first) / 8, size_t{64});
-                fill_lanes(run, head | static_cast<uint32_t>(at / 8), n, some);
-                const int64_t skip = std::max<int64_t>(0, column - at), end = std::min<int64_t>(512, last - at);
-                std::memcpy(chosen + (from - low) + (at + skip - column), some + skip,
-                            static_cast<size_t>(end - skip) * sizeof(uint16_t));
-            }
-        }
-        return chosen;
-    }
-
-    int64_t B_, H_, T_, S_;
-    bool causal_, boolean_;
-    int64_t window_;
-    uintptr_t bias_;
-    int64_t bias_stride_[3];
-    const float* sinks_;
-    float *lse_, *delta_;
-    Given example_, position_;
-    const int64_t* step_;
+    Sgemm sgemm_;
+    int64_t B_, H_, N_, T_, S_, K_, W_;
+    bool wide_, brain_;  // float32; bfloat16 and not float16
     int threads_;
-    Scores how_{};
-    Run run_, keys_run_;
-    std::vector<std::vector<Stretch>> stretches_;  // of each b, or of all
+    std::unique_ptr<Weights> weights_;
+    std::vector<Span> spans_;
+    std::array<int64_t, kPieces> sizes_{};
 };
 
 }  // namespace
@@ -279,8 +263,9 @@ void bind_attention(nb::module_& m) {
     using namespace twodice;
     using A = Attention;
     nb::class_<A>(m, "Attention")
-        .def(nb::init<Four, float, float, bool, int64_t, uintptr_t, bool, Three, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
-                      Two, uintptr_t, Two, uintptr_t, Two, uintptr_t, uint64_t, int, uint64_t, int, int>())
+        .def(nb::init<uintptr_t, Seven, int, bool, int64_t, float, float, bool, int64_t, Strided, bool, uintptr_t, uintptr_t,
+                      uintptr_t, Integers, Integers, Integers, uintptr_t, uint64_t, int, uint64_t, int, int>())
         .def("forward", &A::forward)
-        .def("backward", &A::backward);
+        .def("backward", &A::backward)
+        .def("scratch", &A::scratch);
 }

@@ -1,6 +1,6 @@
 // The rows of attention, forward and backward, as attention.cpp includes them once for each instruction set: it sets
 // V (a struct of vector16.hpp), ROWS (the name of the class), TARGET and INLINE (what functions need to use those
-// instructions).
+// instructions), and HALF where it can convert float16.
 // No include guard for that reason.
 //
 // Letters: S keys, W value width.
@@ -176,5 +176,27 @@ struct ROWS {
         else
             row.lanes ? backward_of<false, true>(row, how, x, g, lse, delta)
                       : backward_of<false, false>(row, how, x, g, lse, delta);
+    }
+
+    template <class T>
+    TARGET static void widen_row(const T* from, float* to, int64_t n) {
+        int64_t i = 0;
+#ifdef HALF
+        if constexpr (std::is_same_v<T, F16>)
+            for (; i + 8 <= n; i += 8)
+                _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+        for (; i < n; ++i) to[i] = widen(from[i]);
+    }
+    template <class T>
+    TARGET static void narrow_row(const float* from, T* to, int64_t n) {
+        int64_t i = 0;
+#ifdef HALF
+        if constexpr (std::is_same_v<T, F16>)
+            for (; i + 8 <= n; i += 8)
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                                 _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+        for (; i < n; ++i) narrow(from[i], to[i]);
     }
 };

@@ -76,6 +76,7 @@ class Pool {
         instance();
         lent().store(team, std::memory_order_release);
     }
+    static bool is_lent() { return lent().load(std::memory_order_acquire) != nullptr; }
 
    private:
     static std::atomic<Team>& lent() {

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import forward_ad
 
 from twodice.errors import ConfigError, ContractError, ShapeError
-from twodice.kernels import dispatch, team
+from twodice.kernels import dispatch, lent
 from twodice.kernels.dropout_layout import LAYOUTS, coordinates, follow, sizes, spread, strides
 from twodice.kernels.dropout_reference import dropout_reference
 from twodice.random.draws import BOUNDS, ONE, check_bound, check_bounds
@@ -27,7 +27,7 @@ from twodice.random.keys import Key, key_bits
 __all__ = ["LAYOUTS", "dropout"]
 
 _native = dispatch.native
-team.lend()
+lent.lend()
 _SIGN = 1 << 63
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_STRIDES = (0, 0, 0, 0)
