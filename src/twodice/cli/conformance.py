@@ -73,8 +73,9 @@ def conformance(
     from twodice.sampling.conformance.sampler import load
     from twodice.sampling.conformance.verdict import judge
 
-    if html is not None and not html.resolve().parent.is_dir():
-        raise DataError(f"--html must name a file in a folder that exists; got {html}")
+    if html is not None and (html.is_dir() or not html.resolve().parent.is_dir()):
+        what = "which is a folder" if html.is_dir() else "whose folder does not exist"
+        raise DataError(f"--html must name a file in a folder that exists; got {html}, {what}")
     rules = Rules.parse(ties=ties, crossing=crossing, temperature=temperature)
     offered = None if offers is None else [] if offers == "none" else offers.split(",")
     judged = load(sampler, offered)
@@ -89,7 +90,12 @@ def conformance(
     if html is not None:
         from twodice.sampling.conformance.page import page
 
-        html.write_text(page(verdict), encoding="utf-8")
+        try:
+            html.write_text(page(verdict), encoding="utf-8")
+        except OSError as error:  # exit code 1 would say that the sampler is rejected
+            raise DataError(
+                f"--html must name a file that can be written; {html}: {error.strerror}"
+            ) from None
         notice(f"wrote {html}")
     if as_json:
         print_json(verdict.as_dict())

@@ -176,18 +176,24 @@ class Packs:
 pack = Packs(1 << 26)
 
 
-def each_row(params: Any, rows: int) -> tuple[SamplingParams, ...]:
-    """The settings of each row, from those of all or one a row; what is something else is named."""
-    if isinstance(params, SamplingParams):
-        return (params,) * rows
-    alone = isinstance(params, Mapping) or not isinstance(params, Iterable)
+def settings_of(params: Any, each: str = "row") -> tuple[SamplingParams, ...]:
+    """The settings, one or several, of what is given; what is something else is named."""
+    alone = isinstance(params, SamplingParams | Mapping) or not isinstance(params, Iterable)
     given = (params,) if alone else tuple(params)
     for found in given:
         if not isinstance(found, SamplingParams):
             raise ConfigError(
-                f"params must be one SamplingParams or one a row; got {found!r}: "
+                f"params must be one SamplingParams or one a {each}; got {found!r}: "
                 "SamplingParams.parse reads a mapping"
             )
+    return given
+
+
+def each_row(params: Any, rows: int) -> tuple[SamplingParams, ...]:
+    """The settings of each row, from those of all or one a row; what is something else is named."""
+    if isinstance(params, SamplingParams):
+        return (params,) * rows
+    given = settings_of(params)
     if len(given) != rows:
         raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(given)}")
     return given

@@ -5,8 +5,9 @@ The file knows what settings may be and which contradict each other; it knows no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
 from operator import attrgetter
 from typing import Any
 
@@ -251,13 +252,34 @@ class SamplingParams:
         """Build from names and values; an unknown name is an error with the nearest one."""
         if not isinstance(settings, Mapping):
             raise ConfigError(f"settings must map names to values; got {settings!r}")
-        for name in settings:
-            if name not in FIELDS:
-                raise ConfigError(
-                    f"unknown sampling setting {name!r}{nearest(str(name), FIELDS)}; there are "
-                    f"{', '.join(FIELDS)}"
-                )
+        _refuse_unknown(settings)
         return cls(**settings)
+
+
+def _refuse_unknown(names: Iterable[Any]) -> None:
+    for name in names:
+        if name not in FIELDS:
+            raise ConfigError(
+                f"unknown sampling setting {name!r}{nearest(str(name), FIELDS)}; there are "
+                f"{', '.join(FIELDS)}"
+            )
+
+
+def _naming(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, with the nearest name where a keyword is unknown: Python's own error has none."""
+
+    @wraps(init)
+    def __init__(self: SamplingParams, /, *args: Any, **settings: Any) -> None:
+        try:
+            init(self, *args, **settings)
+        except TypeError:
+            _refuse_unknown(settings)
+            raise
+
+    return __init__
+
+
+SamplingParams.__init__ = _naming(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
 def _refuse_contradictions(params: SamplingParams) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from twodice.errors import ConfigError, ContractError, RequestError, ShapeError
+from twodice.sampling.arrays import tensor_of
+from twodice.sampling.chain import settings_of
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import SEED_BITS, History, sample
 
@@ -242,10 +244,7 @@ def processor(
     (few `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
     """
     if not isinstance(params, SamplingParams):
-        params = tuple(params)
-        for one in params:
-            if not isinstance(one, SamplingParams):
-                raise ConfigError(f"params must be SamplingParams, or one a prompt; got {one!r}")
+        params = settings_of(params, "prompt")
         if not params:
             raise ConfigError("params must hold one SamplingParams for each prompt; got none")
     for name, value, low in (("n", n, 1), ("pad_token_id", pad_token_id, 0)):
@@ -256,7 +255,7 @@ def processor(
     if on_bad_row == "flag" and pad_token_id is None:
         raise ConfigError("on_bad_row='flag' gives bad rows pad_token_id; got none: give it, or 'raise'")
     if attention_mask is not None:
-        attention_mask = torch.as_tensor(attention_mask).cpu()
+        attention_mask = tensor_of("attention_mask", attention_mask).cpu()
         if attention_mask.ndim != 2:
             raise ShapeError(f"attention_mask must be (prompts, tokens); got {tuple(attention_mask.shape)}")
         real = (attention_mask != 0).to(torch.int8)

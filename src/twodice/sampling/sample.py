@@ -9,7 +9,7 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Draw, Past, Sampled, Settings, Status
 from twodice.sampling.arrays import FLOATS, returned, tensor_of
-from twodice.sampling.chain import Packed, bits_of, fresh_key, key_of, pack
+from twodice.sampling.chain import Packed, bits_of, fresh_key, key_of, pack, settings_of
+from twodice.sampling.fields import FIELDS
 from twodice.sampling.params import SamplingParams
 
 SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
@@ -154,24 +155,32 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], Tensor]:
     return made, bits_of(fresh)
 
 
-def _params(value: Any) -> tuple[SamplingParams, ...]:
-    """Settings of each row; what is something else is named before a cache or a kernel sees it."""
-    every = (value,) if isinstance(value, Mapping) or not isinstance(value, Iterable) else tuple(value)
-    for found in every:
-        if not isinstance(found, SamplingParams):
-            raise ConfigError(
-                f"params must be one SamplingParams or one a row; got {found!r}: "
-                "SamplingParams.parse reads a mapping"
-            )
-    return every
+def ids_beyond(params: SamplingParams | Sequence[SamplingParams], vocabulary: int) -> RequestError:
+    """The error for settings with token ids of a larger vocabulary: which field of which row, which ids."""
+    for i, one in enumerate((params,) if isinstance(params, SamplingParams) else params):
+        for name, field in FIELDS.items():
+            value = getattr(one, name)
+            if value is None or field.kind not in ("ids", "bias"):
+                continue
+            ids = [entry[0] for entry in value] if field.kind == "bias" else value
+            if beyond := [token for token in ids if token >= vocabulary]:
+                row = "" if isinstance(params, SamplingParams) else f" of row {i}"
+                return RequestError(
+                    f"the token ids of settings must be in [0, {vocabulary}), the vocabulary of the logits; "
+                    f"got {name}{row} with {beyond[0]}: are they of another tokenizer?"
+                )
+    raise AssertionError("called with ids that the vocabulary has")
 
 
 def needs_of(need: Iterable[str]) -> tuple[str, ...]:
     """Names of `Sampled` fields; an unknown one is an error with the nearest."""
-    found = tuple(need) if not isinstance(need, str) else (need,)
+    found = tuple(need) if isinstance(need, Iterable) and not isinstance(need, str) else (need,)
     for name in found:
         if name not in NEEDS:
-            raise ConfigError(f"need names fields of Sampled; got {name!r}{nearest(name, NEEDS)}")
+            raise ConfigError(
+                f"need names fields of Sampled; got {name!r}{nearest(str(name), NEEDS)}; there are "
+                f"{', '.join(NEEDS)}"
+            )
     return found
 
 
@@ -260,7 +269,7 @@ def sample(
     if vocabulary > MAX_VOCABULARY:
         raise ShapeError(f"the vocabulary must be at most 2^20; got {vocabulary}")
     if not isinstance(params, SamplingParams):
-        params = _params(params)
+        params = settings_of(params)
         if len(params) != rows:
             raise ShapeError(f"params must be one SamplingParams or one a row, {rows}; got {len(params)}")
         if rows == 0:
@@ -272,9 +281,7 @@ def sample(
         raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
     packed = pack(params)
     if packed.settings.highest_id >= vocabulary:
-        raise RequestError(
-            f"the token ids of settings must be in [0, {vocabulary}); got {packed.settings.highest_id}"
-        )
+        raise ids_beyond(params, vocabulary)
     past = history_of(history, packed.settings, rows, vocabulary)
     seeds, keys = _seed_rows(packed, rows)
     draw = Draw(keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion"))

@@ -43,7 +43,7 @@ from twodice.random import noise
 from twodice.sampling.arrays import FLOATS, tensor_of
 from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
-from twodice.sampling.sample import History, coordinate, history_of, mask_of, needs_of, sample
+from twodice.sampling.sample import History, coordinate, history_of, ids_beyond, mask_of, needs_of, sample
 
 MARGIN = 1e-9
 """Scores nearer than this are left to the merge, which counts z from the top of the whole row."""
@@ -145,9 +145,7 @@ def shard_candidates(
         )
     settings = packed.settings
     if settings.highest_id >= vocabulary:
-        raise RequestError(
-            f"the token ids of settings must be in [0, {vocabulary}); got {settings.highest_id}"
-        )
+        raise ids_beyond(given, vocabulary)
     past = history_of(history, settings, rows, vocabulary)
     mask = mask_of(allowed_mask, rows, vocabulary, torch.device("cpu"))
     where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")

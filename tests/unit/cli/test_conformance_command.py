@@ -27,6 +27,17 @@ def test_a_right_sampler_exits_zero_and_says_how_sure_it_is(capsys: pytest.Captu
     assert lines[-1] == "a right sampler is rejected with probability at most 1e-06"
 
 
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [(".", "got ., which is a folder"), ("/dev/full", "can be written; /dev/full: No space left")],
+)
+def test_a_page_that_cannot_be_written_is_not_the_exit_code_of_a_rejected_sampler(
+    capsys: pytest.CaptureFixture[str], file: str, told: str
+) -> None:
+    code, _, err = called(capsys, "--rows", "greedy", "--draws", "2000", "--html", file)
+    assert code == 2 and told in err and "Traceback" not in err
+
+
 def test_a_broken_sampler_exits_one_and_says_where(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

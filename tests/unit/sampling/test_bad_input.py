@@ -14,6 +14,7 @@ from twodice.errors import ConfigError, RequestError, ShapeError, TwodiceError
 from twodice.sampling.explain import explain
 from twodice.sampling.fields import FIELDS
 from twodice.sampling.params import SamplingParams
+from twodice.sampling.processor import processor
 from twodice.sampling.profiles import ORDER, PROFILES, check_order, profile
 from twodice.sampling.sample import sample
 from twodice.sampling.shards import shard_candidates
@@ -230,7 +231,7 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: sample(X, COUNTS, 0, history=(PAST[0], [1, 2, 3], PAST[2])), ShapeError, "rise from 0 to 3"),
         (lambda: sample(X, COUNTS, 0, history=(*PAST[:2], [2, 0])), ShapeError, "prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=(*PAST[:2], [0])), ShapeError, "prompt_lengths"),
-        (lambda: sample(X, SamplingParams(logit_bias={40: 1.0}), 0), RequestError, r"\[0, 40\); got 40"),
+        (lambda: sample(X, SamplingParams(logit_bias={40: 1.0}), 0), RequestError, r"\[0, 40\), .*with 40"),
         (lambda: sample(X, SamplingParams(banned_tokens=range(40)), 0), RequestError,
          r"row 0 has no token left .*1 more rows: \[1\]"),
     ],
@@ -240,3 +241,39 @@ def test_a_call_that_cannot_be_meant_says_what_must_come_and_what_came(
 ) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_misspelt_setting_is_told_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"'temprature'; did you mean 'temperature'\?"):
+        SamplingParams(temprature=0.8)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        SamplingParams(0.8)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"allowed_tokens": [1, 7]}, {"banned_tokens": [7]}, {"logit_bias": {7: 1.0}},
+        {"stop_tokens": [7], "min_tokens": 1}, {"dry_multiplier": 1.0, "dry_breakers": [7]},
+    ],
+)  # fmt: skip
+def test_ids_of_another_vocabulary_name_setting_row_and_id(settings: dict[str, Any]) -> None:
+    logits = torch.zeros(2, 5)
+    field = "dry_breakers" if "dry_breakers" in settings else next(iter(settings))
+    with pytest.raises(RequestError, match=rf"\[0, 5\).*{field} with 7"):
+        sample(logits, SamplingParams(seed=0, **settings), 0)
+    with pytest.raises(RequestError, match=rf"{field} of row 1 with 7"):
+        sample(logits, [SamplingParams(seed=0), SamplingParams(seed=0, **settings)], 0)
+
+
+def test_a_processor_names_what_is_no_settings_and_no_mask() -> None:
+    for given in (5, {"top_k": 5}, [{"top_k": 5}], None):
+        with pytest.raises(ConfigError, match="params must be one SamplingParams or one a prompt; got"):
+            processor(given)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="attention_mask must be a tensor"):
+        processor(SamplingParams(), attention_mask="mask")  # type: ignore[arg-type]
+
+
+def test_need_that_is_no_name_lists_the_names() -> None:
+    with pytest.raises(ConfigError, match=r"need names fields of Sampled; got 5; there are .*logprob"):
+        sample(torch.zeros(1, 5), SamplingParams(seed=0), 0, need=5)  # type: ignore[arg-type]
