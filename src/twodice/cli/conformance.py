@@ -73,7 +73,7 @@ def conformance(
     from twodice.sampling.conformance.sampler import load
     from twodice.sampling.conformance.verdict import judge
 
-    if html is not None and not html.resolve().parent.is_dir():
+    if html is not None and (html.is_dir() or not html.resolve().parent.is_dir()):
         raise DataError(f"--html must name a file in a folder that exists; got {html}")
     rules = Rules.parse(ties=ties, crossing=crossing, temperature=temperature)
     offered = None if offers is None else [] if offers == "none" else offers.split(",")
@@ -86,14 +86,14 @@ def conformance(
             rules=rules,
             progress=lambda share, part: progress.update(int(1_000 * share), part),
         )
-    if html is not None:
-        from twodice.sampling.conformance.page import page
-
-        html.write_text(page(verdict), encoding="utf-8")
-        notice(f"wrote {html}")
     if as_json:
         print_json(verdict.as_dict())
     else:
         _tell(verdict, all_cells)
+    if html is not None:  # last: a disk that is full takes no verdict away
+        from twodice.sampling.conformance.page import page
+
+        html.write_text(page(verdict), encoding="utf-8")
+        notice(f"wrote {html}")
     if verdict.rejected or not verdict.judged:
         raise typer.Exit(EXIT_FAILED if verdict.judged else EXIT_USAGE)

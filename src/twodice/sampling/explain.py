@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -235,13 +236,22 @@ def _text_of(tokenizer: Any, vocabulary: int) -> Callable[[int], str]:
                 f"got {type(tokenizer).__name__}"
             )
         return tokenizer  # type: ignore[no-any-return]
-    size = len(tokenizer)
+    decode = tokenizer.decode
+    if hasattr(tokenizer, "get_vocab_size"):  # of the package tokenizers, which leaves special tokens out
+        size, decode = tokenizer.get_vocab_size(), partial(decode, skip_special_tokens=False)
+    elif hasattr(tokenizer, "__len__"):
+        size = len(tokenizer)
+    else:
+        raise ConfigError(
+            "a tokenizer with decode(ids) must tell its size by len(); "
+            f"got {type(tokenizer).__name__}: give a function from an id to its text"
+        )
     if not _LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise RequestError(
             f"the tokenizer must have the vocabulary of the logits, {vocabulary} tokens (a tenth may be "
             f"padding); got one of {size}: take the tokenizer of the model that made the logits"
         )
-    return lambda token: tokenizer.decode([token]) if token < size else ""
+    return lambda token: decode([token]) if token < size else ""
 
 
 def explain(
@@ -264,7 +274,7 @@ def explain(
     params, position, history, completion, allowed_mask, state
         As for `sample`; `state` also as a number.
     tokenizer : optional
-        One of transformers, or a function from a token's id to its text.
+        One of transformers or tokenizers, or a function from a token's id to its text.
     top : int
         How many tokens to name where a list could be long, at least 0.
 

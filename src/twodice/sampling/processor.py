@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from twodice.errors import ConfigError, ContractError, RequestError, ShapeError
+from twodice.sampling.arrays import tensor_of
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import SEED_BITS, History, sample
 
@@ -240,6 +241,11 @@ def processor(
     Beams and assisted generation move rows or take tokens back, and are not served.
     """
     if not isinstance(params, SamplingParams):
+        if isinstance(params, Mapping | str) or not isinstance(params, Iterable):
+            raise ConfigError(
+                f"params must be SamplingParams, or one a prompt; got {params!r}: SamplingParams.parse reads "
+                "a mapping"
+            )
         params = tuple(params)
         for one in params:
             if not isinstance(one, SamplingParams):
@@ -254,7 +260,7 @@ def processor(
     if on_bad_row == "flag" and pad_token_id is None:
         raise ConfigError("on_bad_row='flag' gives bad rows pad_token_id; got none: give it, or 'raise'")
     if attention_mask is not None:
-        attention_mask = torch.as_tensor(attention_mask).cpu()
+        attention_mask = tensor_of("attention_mask", attention_mask).cpu()
         if attention_mask.ndim != 2:
             raise ShapeError(f"attention_mask must be (prompts, tokens); got {tuple(attention_mask.shape)}")
         real = (attention_mask != 0).to(torch.int8)
