@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -236,9 +235,9 @@ def _text_of(tokenizer: Any, vocabulary: int) -> Callable[[int], str]:
                 f"got {type(tokenizer).__name__}"
             )
         return tokenizer  # type: ignore[no-any-return]
-    decode = tokenizer.decode
+    options: dict[str, Any] = {}
     if hasattr(tokenizer, "get_vocab_size"):  # of the package tokenizers, which leaves special tokens out
-        size, decode = tokenizer.get_vocab_size(), partial(decode, skip_special_tokens=False)
+        size, options = tokenizer.get_vocab_size(), {"skip_special_tokens": False}
     elif hasattr(tokenizer, "__len__"):
         size = len(tokenizer)
     else:
@@ -251,7 +250,7 @@ def _text_of(tokenizer: Any, vocabulary: int) -> Callable[[int], str]:
             f"the tokenizer must have the vocabulary of the logits, {vocabulary} tokens (a tenth may be "
             f"padding); got one of {size}: take the tokenizer of the model that made the logits"
         )
-    return lambda token: decode([token]) if token < size else ""
+    return lambda token: tokenizer.decode([token], **options) if token < size else ""
 
 
 def explain(
