@@ -87,7 +87,11 @@ def conformance(
             rules=rules,
             progress=lambda share, part: progress.update(int(1_000 * share), part),
         )
-    if html is not None:
+    if as_json:
+        print_json(verdict.as_dict())
+    else:
+        _tell(verdict, all_cells)
+    if html is not None:  # last: a disk that is full takes no verdict away
         from twodice.sampling.conformance.page import page
 
         try:
@@ -97,9 +101,5 @@ def conformance(
                 f"--html must name a file that can be written; {html}: {error.strerror}"
             ) from None
         notice(f"wrote {html}")
-    if as_json:
-        print_json(verdict.as_dict())
-    else:
-        _tell(verdict, all_cells)
     if verdict.rejected or not verdict.judged:
         raise typer.Exit(EXIT_FAILED if verdict.judged else EXIT_USAGE)

@@ -178,7 +178,7 @@ pack = Packs(1 << 26)
 
 def settings_of(params: Any, each: str = "row") -> tuple[SamplingParams, ...]:
     """The settings, one or several, of what is given; what is something else is named."""
-    alone = isinstance(params, SamplingParams | Mapping) or not isinstance(params, Iterable)
+    alone = isinstance(params, SamplingParams | Mapping | str) or not isinstance(params, Iterable)
     given = (params,) if alone else tuple(params)
     for found in given:
         if not isinstance(found, SamplingParams):

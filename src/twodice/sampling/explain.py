@@ -74,13 +74,22 @@ def _text_of(tokenizer: Any, vocabulary: int) -> Callable[[int], str]:
                 f"got {type(tokenizer).__name__}"
             )
         return tokenizer  # type: ignore[no-any-return]
-    size = len(tokenizer)
+    options: dict[str, Any] = {}
+    if hasattr(tokenizer, "get_vocab_size"):  # of the package tokenizers, which leaves special tokens out
+        size, options = tokenizer.get_vocab_size(), {"skip_special_tokens": False}
+    elif hasattr(tokenizer, "__len__"):
+        size = len(tokenizer)
+    else:
+        raise ConfigError(
+            "a tokenizer with decode(ids) must tell its size by len(); "
+            f"got {type(tokenizer).__name__}: give a function from an id to its text"
+        )
     if not _LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise RequestError(
             f"the tokenizer must have the vocabulary of the logits, {vocabulary} tokens (a tenth may be "
             f"padding); got one of {size}: take the tokenizer of the model that made the logits"
         )
-    return lambda token: tokenizer.decode([token]) if token < size else ""
+    return lambda token: tokenizer.decode([token], **options) if token < size else ""
 
 
 def explain(
@@ -103,7 +112,7 @@ def explain(
     params, position, history, completion, allowed_mask, state
         As for `sample`; `state` also as a number.
     tokenizer : optional
-        One of transformers, or a function from a token's id to its text.
+        One of transformers or tokenizers, or a function from a token's id to its text.
     top : int
         How many tokens to name where a list could be long, at least 0.
 

@@ -178,7 +178,7 @@ def bias(value: Any) -> tuple[tuple[int, float], ...]:
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """A list of token ids, sorted, each once, and at least one."""
     try:
-        found = tuple(sorted({int(number(name, token, " as a token id")) for token in value}))
+        found = tuple(sorted({int(number(name, token, " (each token id)")) for token in value}))
     except TypeError:
         raise ConfigError(f"{name} must be a list of token ids; got {value!r}") from None
     if not found:

@@ -220,12 +220,22 @@ _OTHER_BUSINESS = frozenset(
 )
 """Fields of a request that say nothing about the choice of a token among logits: the server's business."""
 
-_UNSERVED_BY_OPENAI = frozenset(
-    "response_format tools tool_choice functions function_call reasoning_effort modalities audio prediction "
-    "verbosity use_beam_search guided_json guided_regex guided_choice guided_grammar structured_outputs "
-    "length_penalty bad_words".split()
-)
-"""Fields that change which tokens can come and that a sampler alone does not serve."""
+_UNSERVED_BY_OPENAI: dict[str, Any] = dict.fromkeys(
+    "reasoning_effort audio prediction verbosity guided_json guided_regex guided_choice guided_grammar "
+    "structured_outputs".split()
+) | {
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
+    "modalities": ["text"],
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "bad_words": [],
+}
+"""Fields that change which tokens can come and that a sampler alone does not serve, with the value that asks
+for nothing: clients send it unasked."""
 
 
 def from_openai(request: Mapping[str, Any]) -> SamplingParams:
@@ -236,7 +246,7 @@ def from_openai(request: Mapping[str, Any]) -> SamplingParams:
     allowed_token_ids. Null is absent. What says nothing about the choice of a token (messages, max_tokens, n,
     stop, logprobs, ...) is passed over: it is the server's, which must read it, ``n`` too: completions of one
     request differ by the `completion` given to `sample`. What changes the choice and is not served (tools, a
-    response format, a grammar) is an error.
+    response format, a grammar) is an error, unless its value asks for nothing (no tools, format text).
 
     Raises
     ------
@@ -251,6 +261,8 @@ def from_openai(request: Mapping[str, Any]) -> SamplingParams:
             if name not in _KNOWN:
                 raise _unknown(name)
         elif name in _UNSERVED_BY_OPENAI:
+            if value == _UNSERVED_BY_OPENAI[name]:
+                continue
             raise ConfigError(
                 f"{name} changes which tokens can come, and a sampler does not serve it; got {value!r}: give "
                 "`sample` an allowed_mask, or drop it"
@@ -268,7 +280,7 @@ def from_openai(request: Mapping[str, Any]) -> SamplingParams:
     return params
 
 
-_KNOWN = _OTHER_BUSINESS | _UNSERVED_BY_OPENAI | set(_OPENAI) | set(_EXTENSIONS)
+_KNOWN = _OTHER_BUSINESS.union(_UNSERVED_BY_OPENAI, _OPENAI, _EXTENSIONS)
 
 
 def _unknown(name: str) -> ConfigError:

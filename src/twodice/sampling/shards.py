@@ -28,8 +28,10 @@ Letters: R rows, V vocabulary, n ids of a shard.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -70,6 +72,9 @@ class ShardCandidates:
         As they came, before every stage.
     need : tuple of str
         The fields that may be asked of the merge.
+    call : bytes
+        A digest of the settings, positions and completions that decided what is sent. A merge of others would
+        draw from what these left, and nothing would show it.
     """
 
     begin: int
@@ -79,6 +84,21 @@ class ShardCandidates:
     ids: Tensor
     logits: Tensor
     need: tuple[str, ...]
+    call: bytes
+
+
+@lru_cache(maxsize=4096)
+def _told(params: SamplingParams) -> bytes:
+    return repr(params).encode()  # what is set, alike in every process, as hash() is not
+
+
+def _call(each: Sequence[SamplingParams], position: int | Tensor, completion: int | Tensor) -> bytes:
+    """The digest of a call: settings of each row, and its coordinates, one for all or one a row."""
+    found = hashlib.blake2b(b"\n".join(map(_told, each)), digest_size=8)
+    for at in (position, completion):
+        rows = torch.full((len(each),), at) if isinstance(at, int) else at
+        found.update(rows.to(torch.int64).numpy().tobytes())
+    return found.digest()
 
 
 def shard_candidates(
@@ -130,6 +150,9 @@ def shard_candidates(
             f"of {shard.dtype}"
         )
     rows, n = shard.shape
+    for name, number in (("begin", begin), ("vocabulary", vocabulary)):
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise ShapeError(f"{name} must be an integer; got {number!r}")
     if not 0 < vocabulary <= MAX_VOCABULARY or not 0 <= begin <= vocabulary - n:
         raise ShapeError(
             f"a shard must lie in the vocabulary, which is at most 2^20; got ids {begin} to {begin + n} of "
@@ -162,7 +185,14 @@ def shard_candidates(
     offsets = torch.zeros(rows + 1, dtype=torch.int64)
     offsets[1:] = sent.sum(1).cumsum(0)
     return ShardCandidates(
-        begin, begin + n, vocabulary, offsets, sent.nonzero()[:, 1] + begin, raw[sent], asked
+        begin,
+        begin + n,
+        vocabulary,
+        offsets,
+        sent.nonzero()[:, 1] + begin,
+        raw[sent],
+        asked,
+        _call(given, where, which),
     )
 
 
@@ -306,13 +336,16 @@ def merge_shards(
     ConfigError
         If a field is needed that a shard was not told of.
     RequestError
-        As for `sample`.
+        As for `sample`, and if settings or coordinates are not those of the shards.
 
     Notes
     -----
     *Randomness*: see `shard_candidates`. Every machine that merges the same parts has the same token, so
     the token itself need not be sent.
     """
+    for part in parts:
+        if not isinstance(part, ShardCandidates):
+            raise ShapeError(f"parts must be what shard_candidates returned; got {type(part).__name__}")
     ordered = sorted(parts, key=lambda part: (part.begin, part.end))
     asked = needs_of(need)
     if not ordered:
@@ -338,6 +371,18 @@ def merge_shards(
                 f"{missing[0]} needs what the shards did not send; give need=({missing[0]!r},) to "
                 "shard_candidates too"
             )
+    given = (params,) * rows if isinstance(params, SamplingParams) else params
+    # Anything but one setting a row is told by `sample`.
+    if isinstance(given, Sequence) and [type(one) for one in given] == [SamplingParams] * rows:
+        where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
+        call = _call(given, where, which)
+    else:
+        call = ordered[0].call
+    if any(part.call != call for part in ordered):
+        raise RequestError(
+            "params, position and completion of a merge must be those that every shard was given; "
+            "got others: what the shards left out was chosen by theirs"
+        )
     whole = torch.full((rows, vocabulary), -torch.inf, dtype=ordered[0].logits.dtype)
     for part in ordered:
         row = torch.repeat_interleave(torch.arange(rows), part.offsets.diff())

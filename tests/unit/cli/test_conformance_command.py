@@ -83,6 +83,7 @@ def test_a_sampler_that_offers_nothing_of_what_was_asked_is_not_accepted(
         ("--ties", "some"),
         ("--offers", "seed"),
         ("--html", "no/such/folder/x.html"),
+        ("--html", "."),
         ("--sampler", "torch:argmax", "--rows", "plain"),
     ],
 )
@@ -92,6 +93,30 @@ def test_bad_input_is_one_or_two_lines_and_exit_code_two(
     code, out, err = called(capsys, *words)
     assert code == 2 and out == "" and "Traceback" not in err
     assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
+
+
+def test_a_sampler_that_ends_the_process_is_no_verdict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A script without a guard ends by sys.exit(0) when it is imported; that is not "as it claims"."""
+    (tmp_path / "unguarded.py").write_text("def draw(logits, rows):\n    raise SystemExit(0)\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, words in (("unguarded", "raised SystemExit at 'plain': 0"), ("script", "gave SystemExit: 0")):
+        code, out, err = called(capsys, "--sampler", f"{name}:draw", "--rows", "plain")
+        assert code == 2 and out == "" and words in err
+
+
+def test_a_page_that_cannot_be_written_takes_no_verdict_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ("--rows", "top-k", "--draws", "2000", "--html", str(tmp_path / "x.html"))
+    code, out, err = called(capsys, *words)
+    assert code == 2 and out.startswith("twodice draws as it claims") and "No space left" in err
 
 
 def test_ctrl_c_stops_without_a_traceback(

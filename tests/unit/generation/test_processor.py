@@ -208,6 +208,9 @@ def test_a_row_that_cannot_be_served_raises_or_is_flagged_with_the_pad_token() -
     [
         ({"params": []}, ConfigError, "one SamplingParams for each prompt"),
         ({"params": [{"top_k": 3}]}, ConfigError, "must be SamplingParams"),
+        ({"params": {"top_k": 3}}, ConfigError, r"got \{'top_k': 3\}: SamplingParams.parse reads a mapping"),
+        ({"params": None}, ConfigError, "one a prompt; got None"),
+        ({"attention_mask": "left"}, ShapeError, "attention_mask must be a tensor"),
         ({"n": 0}, ConfigError, "n must be an integer of at least 1; got 0"),
         ({"pad_token_id": -1}, ConfigError, "pad_token_id must be an integer"),
         ({"on_bad_row": "greedy"}, ConfigError, "on_bad_row must be"),

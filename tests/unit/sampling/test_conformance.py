@@ -169,6 +169,7 @@ def test_bad_settings_of_the_kit_name_what_would_be_right() -> None:
         as_sampler(ours, offers=["seed"])
     with pytest.raises(ConfigError, match="must offer seeds; got coupled alone"):
         as_sampler(ours, offers=["coupled"])
+    assert as_sampler(ours, offers="seeds").offers == {"seeds"}
     with pytest.raises(ConfigError, match="rows must name at least one"):
         judge(sampler, rows=[])
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from twodice.errors import ConfigError, RequestError, ShapeError
 from twodice.sampling.explain import EDITS, explain
@@ -179,6 +181,22 @@ def test_a_vocabulary_that_the_model_padded_has_tokens_without_text() -> None:
     assert explain(X, SamplingParams(top_k=1, seed=0), Words(40)).text == f"<{int(X.argmax())}>"
 
 
+def test_a_tokenizer_of_the_package_tokenizers_serves_special_tokens_too() -> None:
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(39)}, unk_token="w0"))
+    words.add_special_tokens(["</s>"])
+    x = X.clone()
+    x[39] = 50.0
+    assert explain(x, SamplingParams(seed=0), words).text == "</s>"
+    assert explain(X, SamplingParams(top_k=1, seed=0), words).text == f"w{int(X.argmax())}"
+    with pytest.raises(RequestError, match="got one of 40"):
+        explain(torch.zeros(80), SamplingParams(seed=0), words)
+
+
+class NoSize:
+    def decode(self, ids: list[int]) -> str:
+        return f"<{ids[0]}>"
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -186,6 +204,11 @@ def test_a_vocabulary_that_the_model_padded_has_tokens_without_text() -> None:
         (lambda: explain(torch.zeros(0, 5), SamplingParams()), ShapeError, "one row"),
         (lambda: explain(X, [SamplingParams()]), ConfigError, "one SamplingParams; got list"),  # type: ignore[arg-type]
         (lambda: explain(X, SamplingParams(), 7), ConfigError, "decode"),
+        (
+            lambda: explain(X, SamplingParams(), NoSize()),
+            ConfigError,
+            "got NoSize: give a function from an id",
+        ),
         (lambda: explain(X, SamplingParams(), top=-1), ConfigError, "top must be"),
         (lambda: explain(X * math.nan, SamplingParams()), RequestError, "NaN"),
         (lambda: explain(X, SamplingParams(min_tokens=1, stop_tokens=[3])), RequestError, "history"),

@@ -135,6 +135,20 @@ def test_a_request_is_read_and_comes_back() -> None:
     assert SamplingParams.from_openai({"stop_token_ids": [2]}) == SamplingParams(), "the server ends the text"
 
 
+def test_fields_that_ask_for_nothing_are_passed_over() -> None:
+    unasked = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none",
+               "use_beam_search": False, "length_penalty": 1, "bad_words": [], "modalities": ["text"],
+               "audio": None}  # fmt: skip
+    assert SamplingParams.from_openai({"top_p": 0.5, **unasked}) == SamplingParams(top_p=0.5)
+    for name, value in (
+        ("tool_choice", "auto"),
+        ("use_beam_search", True),
+        ("modalities", ["text", "audio"]),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} changes which tokens can come"):
+            SamplingParams.from_openai({name: value})
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 from typing import Any
@@ -144,7 +145,9 @@ def test_shards_that_send_too_little_are_found_out(monkeypatch: pytest.MonkeyPat
     params = SamplingParams(seed=6, top_k=3)
     whole = sample(x, params, position).tokens
     assert torch.equal(merge_shards(split(x, cuts, params, position), params, position).tokens, whole)
+    call = split(x, cuts, params, position)[0].call
     fewer = split(x, cuts, SamplingParams(seed=6, top_k=2), position)
+    fewer = [dataclasses.replace(part, call=call) for part in fewer]
     assert not torch.equal(merge_shards(fewer, params, position).tokens, whole)
     params = SamplingParams(seed=6)
     whole = sample(x, params, position).tokens
@@ -191,6 +194,32 @@ def test_no_rows_and_empty_shards_are_served() -> None:
     assert merge_shards(split(x, [0, 3, 3, 8], params, 0), params, 0).tokens.shape == (0,)
 
 
+def test_a_merge_of_another_call_is_refused() -> None:
+    """What a shard left out was decided by its settings and coordinates; others would draw amiss."""
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
+    params = [SamplingParams(seed=i, top_k=k) for i, k in enumerate((3, None, 9))]
+    parts = split(x, [0, 32, 64], params, 4)
+    one_a_row = (torch.full((3,), 4), torch.zeros(3, dtype=torch.int64))
+    sent = pickle.loads(pickle.dumps(parts))
+    for position, completion in ((4, 0), one_a_row, ([4, 4, 4], [0, 0, 0])):
+        found = merge_shards(sent, params, position, completion=completion)
+        assert torch.equal(found.tokens, sample(x, params, 4).tokens)
+    others = [
+        (params[::-1], 4, 0),
+        (SamplingParams(seed=0, top_k=3), 4, 0),
+        (params, 5, 0),
+        (params, [4, 4, 5], 0),
+        (params, 4, 1),
+    ]
+    for settings, position, completion in others:
+        with pytest.raises(RequestError, match="must be those that every shard was given"):
+            merge_shards(parts, settings, position, completion=completion)
+    with pytest.raises(RequestError, match="must be those that every shard was given"):
+        merge_shards([parts[0], *split(x, [32, 64], params, 5)], params, 4)
+    with pytest.raises(ShapeError, match="one a row, 3; got 2"):
+        merge_shards(parts, params[:2], 4)
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     x, params = torch.zeros(2, 8), SamplingParams(seed=0, top_k=3)
     parts = split(x, [0, 4, 8], params, 0)
@@ -200,6 +229,10 @@ def test_what_does_not_fit_is_an_error() -> None:
         merge_shards([*parts, parts[0]], params, 0)
     with pytest.raises(ShapeError, match="got none"):
         merge_shards([], params, 0)
+    with pytest.raises(ShapeError, match="what shard_candidates returned; got Tensor"):
+        merge_shards([x, x], params, 0)  # type: ignore[list-item]
+    with pytest.raises(ShapeError, match=r"begin must be an integer; got 0\.0"):
+        shard_candidates(x, params, 0, begin=0.0, vocabulary=8)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="same rows"):
         merge_shards([parts[0], *split(x[:1], [4, 8], params, 0, vocabulary=8)][:2], params, 0)
     with pytest.raises(ConfigError, match="raw_logprob needs what the shards did not send"):

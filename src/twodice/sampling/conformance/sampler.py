@@ -98,7 +98,7 @@ class Sampler(NamedTuple):
             found = self.function(logits, rows)
         except NotImplementedError as error:
             raise NotOffered(str(error) or "the sampler raised NotImplementedError") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whose exit code would stand for a verdict
             raise ConfigError(
                 f"the sampler must draw from every row that it is given; {self.name} raised "
                 f"{type(error).__name__} at {where!r}: {' '.join(str(error).split())[:300]} "
@@ -121,6 +121,7 @@ class Sampler(NamedTuple):
 
 def _offers(function: Function, given: Sequence[str] | None) -> frozenset[str]:
     names = getattr(function, "offers", ("seeds",)) if given is None else given
+    names = (names,) if isinstance(names, str) else names
     for name in names:
         if name not in OFFERS:
             raise ConfigError(
@@ -169,7 +170,7 @@ def load(text: str, offers: Sequence[str] | None = None) -> Sampler:
         sys.path.insert(0, here)
     try:
         value: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"--sampler must name a module that can be imported; {module!r} gave "
             f"{type(error).__name__}: {error}"
