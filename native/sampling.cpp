@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "blake2b.hpp"
 #include "noise.hpp"
 #include "sampling_types.hpp"
 #include "threads.hpp"
@@ -159,6 +160,18 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
     return nb::make_tuple(bad.load(), flat);
 }
 
+// The children, with the name that `told` spells, of the keys whose 64 bits are the seeds.
+void child_keys(uintptr_t seeds, int64_t count, nb::bytes told, uintptr_t out) {
+    const uint64_t* const parents = at<const uint64_t>(seeds);
+    uint8_t message[kBlakeBlock];
+    if (told.size() + 8 > kBlakeBlock) throw nb::value_error("the name of a key is too long");
+    std::memcpy(message + 8, told.c_str(), told.size());
+    for (int64_t i = 0; i < count; ++i) {
+        for (int j = 0; j < 8; ++j) message[j] = static_cast<uint8_t>(parents[i] >> (8 * j));
+        at<uint64_t>(out)[i] = blake2b_8(message, told.size() + 8);
+    }
+}
+
 // Whether a history is whole: offsets that rise from 0 to `count`, ids of the vocabulary, prompts no longer than their row
 // (prompts may be null). What is wrong, and how to say it, is the business of sampling/sample.py.
 bool history_fits(uintptr_t ids, int64_t count, uintptr_t offsets, uintptr_t prompts, int64_t rows, int64_t vocabulary) {
@@ -225,6 +238,7 @@ void weights_of(uintptr_t z, int64_t count, uintptr_t out) {
 
 void bind_sampling(nb::module_& m) {
     m.def("sample", &twodice::sample);
+    m.def("child_keys", &twodice::child_keys);
     m.def("history_fits", &twodice::history_fits);
     m.def("leading16_run", &twodice::leading16_run);
     m.def("gumbel_draws", &twodice::gumbel_draws);

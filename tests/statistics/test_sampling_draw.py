@@ -22,8 +22,9 @@ import torch
 from scipy.stats import binomtest, chi2
 
 from twodice.random import noise
+from twodice.sampling.chain import key_of
 from twodice.sampling.params import SamplingParams
-from twodice.sampling.sample import key_of, sample
+from twodice.sampling.sample import sample
 
 N = 60_000
 LEVEL = 5e-8

@@ -82,17 +82,7 @@ class Key:
 
         For many parents: the names are read once. ``Key.children("a")(7) == Key(7).child("a").value``.
         """
-        if not names:
-            raise ConfigError("a child key needs at least one name; got none")
-        told = b""
-        for name in names:
-            if isinstance(name, str):
-                kind, data = b"s", name.encode("utf-8")
-            elif isinstance(name, int) and not isinstance(name, bool):
-                kind, data = b"i", str(name).encode("ascii")
-            else:
-                raise ConfigError(f"the name of a key must be text or an integer; got {name!r}")
-            told += kind + len(data).to_bytes(8, "little") + data
+        told = spelled(*names)
 
         def child(parent: int) -> int:
             digest = hashlib.blake2b(parent.to_bytes(8, "little") + told, digest_size=8).digest()
@@ -102,6 +92,22 @@ class Key:
 
     def __repr__(self) -> str:
         return f"Key({self.seed:#x})"
+
+
+def spelled(*names: str | int) -> bytes:
+    """Return what follows the parent's 8 bytes in the hash of a child: each name with type and length."""
+    if not names:
+        raise ConfigError("a child key needs at least one name; got none")
+    told = b""
+    for name in names:
+        if isinstance(name, str):
+            kind, data = b"s", name.encode("utf-8")
+        elif isinstance(name, int) and not isinstance(name, bool):
+            kind, data = b"i", str(name).encode("ascii")
+        else:
+            raise ConfigError(f"the name of a key must be text or an integer; got {name!r}")
+        told += kind + len(data).to_bytes(8, "little") + data
+    return told
 
 
 def key_bits(key: Key | int) -> int:

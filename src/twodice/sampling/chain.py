@@ -5,6 +5,7 @@ The file knows the names of settings and the codes of stages; it knows no logits
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from twodice.errors import ConfigError, ShapeError
+from twodice.kernels import dispatch
 from twodice.kernels.sampling_settings import Rule, Settings, Stage
 from twodice.random import noise
-from twodice.random.keys import Key
+from twodice.random.keys import Key, spelled
 from twodice.sampling.fields import is_off
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.profiles import profile
@@ -61,15 +63,19 @@ _LISTS = {
 }
 
 
-fresh_key = Key.children("sampling")
+key_of = Key.children("sampling")
 """The Philox key of a seed in [0, 2^64): the child ``sampling`` of ``Key(seed)``."""
-key_of = lru_cache(maxsize=4096)(lambda seed: fresh_key(seed % 2**64))
-"""The same of any seed, remembered."""
+_NAME = spelled("sampling")
 
 
-def bits_of(keys: list[int]) -> Tensor:
-    """Keys in [0, 2^64) as (R,) int64 of the same bits."""
-    return torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
+def keys_of(seeds: Iterable[int]) -> Tensor:
+    """The same of R seeds in [-2^63, 2^64): (R,) int64 of the keys' bits."""
+    parents = array("Q", [seed % 2**64 for seed in seeds])
+    if dispatch.native is None:
+        return torch.from_numpy(np.array([key_of(seed) for seed in parents], np.uint64).view(np.int64))
+    keys = torch.empty(len(parents), dtype=torch.int64)
+    dispatch.native.child_keys(parents.buffer_info()[0], len(parents), _NAME, keys.data_ptr())
+    return keys
 
 
 @lru_cache(maxsize=1024)
@@ -139,7 +145,7 @@ def _made(params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
     every = (params,) if isinstance(params, SamplingParams) else params
     settings = Settings.pack([_row(p) for p in every])
     seeds = tuple(p.seed for p in every)
-    keys = bits_of([0 if s is None else key_of(s) for s in seeds])
+    keys = keys_of(0 if s is None else s for s in seeds)
     return Packed(settings, seeds, None not in seeds, keys)
 
 

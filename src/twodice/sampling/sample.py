@@ -9,6 +9,7 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Draw, Past, Sampled, Settings, Status
 from twodice.sampling.arrays import FLOATS, returned, tensor_of
-from twodice.sampling.chain import Packed, bits_of, fresh_key, key_of, pack, settings_of
+from twodice.sampling.chain import Packed, keys_of, pack, settings_of
 from twodice.sampling.fields import FIELDS
 from twodice.sampling.params import SamplingParams
 
@@ -146,13 +147,9 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], Tensor]:
         seeds: Any = packed.seeds * rows if one else packed.seeds
         return seeds, packed.keys
     given = packed.seeds * rows if one else packed.seeds
-    new = os.urandom(8 * rows)
-    made = tuple(
-        int.from_bytes(new[8 * i : 8 * i + 8], "little") >> (64 - SEED_BITS) if s is None else s
-        for i, s in enumerate(given)
-    )
-    fresh = [fresh_key(m) if s is None else key_of(m) for s, m in zip(given, made, strict=True)]
-    return made, bits_of(fresh)
+    new = array("Q", os.urandom(8 * rows))
+    made = tuple(fresh >> (64 - SEED_BITS) if s is None else s for s, fresh in zip(given, new, strict=True))
+    return made, keys_of(made)
 
 
 def ids_beyond(params: SamplingParams | Sequence[SamplingParams], vocabulary: int) -> RequestError:

@@ -14,7 +14,10 @@ from transformers import (
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from twodice.errors import ConfigError, RequestError, ShapeError
+from twodice.kernels import dispatch
 from twodice.kernels.sampling_settings import NEEDS, Status
+from twodice.random.keys import Key
+from twodice.sampling.chain import keys_of
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
@@ -253,3 +256,13 @@ def test_calls_that_cannot_be_meant_say_why(call: object, error: type[Exception]
 def test_a_wrong_history_is_refused_also_where_no_row_is_penalised(history: object, what: str) -> None:
     with pytest.raises(ShapeError, match=what):
         sample(torch.zeros(2, 8), SamplingParams(seed=1), 0, history=history)
+
+
+def test_keys_of_many_seeds_are_children_by_name_in_both_languages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds = [0, 1, -1, 2**63, 2**64 - 1, -(2**63), *(i * 0x9E3779B97F4A7C15 % 2**64 for i in range(200))]
+    wanted = [Key(seed).child("sampling").value for seed in seeds]
+    for native in {id(dispatch.native): dispatch.native, 0: None}.values():
+        monkeypatch.setattr(dispatch, "native", native)
+        assert [key % 2**64 for key in keys_of(seeds).tolist()] == wanted
