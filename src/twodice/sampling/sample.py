@@ -253,10 +253,12 @@ def sample(
         return returned(found, logits)
     if logits.ndim == 1:
         logits = logits[None]
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in FLOATS:
+    dense = logits.layout == torch.strided
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in FLOATS or not dense:
+        what = "" if dense else f", {logits.layout}: .to_dense() makes it so"
         raise ShapeError(
-            "logits must be (rows, vocabulary) 16-, 32- or 64-bit floats; "
-            f"got {tuple(logits.shape)} of {logits.dtype}"
+            "logits must be dense (rows, vocabulary) 16-, 32- or 64-bit floats; "
+            f"got {tuple(logits.shape)} of {logits.dtype}{what}"
         )
     if logits.requires_grad:  # a choice has no gradient
         logits = logits.detach()

@@ -207,7 +207,7 @@ def test_a_row_that_cannot_be_served_raises_or_is_flagged_with_the_pad_token() -
     ("arguments", "error", "message"),
     [
         ({"params": []}, ConfigError, "one SamplingParams for each prompt"),
-        ({"params": [{"top_k": 3}]}, ConfigError, "must be SamplingParams"),
+        ({"params": [{"top_k": 3}]}, ConfigError, "must be one SamplingParams or one a prompt"),
         ({"params": {"top_k": 3}}, ConfigError, r"got \{'top_k': 3\}: SamplingParams.parse reads a mapping"),
         ({"params": None}, ConfigError, "one a prompt; got None"),
         ({"attention_mask": "left"}, ShapeError, "attention_mask must be a tensor"),

@@ -220,6 +220,7 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: verify(DRAFTED, [[1], [1]], SamplingParams(seed=1, mirostat_tau=2), 0, state=[-math.inf, 1]),
          RequestError, "state must be finite"),
         (lambda: sample(X.to(torch.float8_e5m2), SEEDED, 0), ShapeError, "64-bit floats; .*float8_e5m2"),
+        (lambda: sample(X.to_sparse(), SEEDED, 0), ShapeError, r"must be dense .*sparse_coo: .to_dense\(\)"),
         (lambda: sample(X, COUNTS, 0), RequestError, "need history"),
         (lambda: sample(X, COUNTS, 0, history=PAST[:2]), RequestError, "got no prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=7), ShapeError, "got int"),
