@@ -9,8 +9,8 @@ class Chain : public Stages<F> {
         Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key, Base::index, Base::id_of, Base::least_of,
         Base::block_count, Base::block_end, Base::argmax, Base::list, Base::z_of, Base::whole, Base::for_kept,
         Base::log_total, Base::make_list, Base::first, Base::select, Base::sort_list, Base::top_, Base::temperature_,
-        Base::cut_, Base::have_list_, Base::sorted_, Base::kHead, Base::apply, Base::top_p_whole, Base::surprise_of, Base::final_z,
-        Base::at_, Base::mixed_, Base::mu_, Base::greedy_, Base::steered_;
+        Base::cut_, Base::have_list_, Base::sorted_, Base::kHead, Base::apply, Base::top_p_whole, Base::surprise_of,
+        Base::final_z, Base::at_, Base::mixed_, Base::mu_, Base::greedy_, Base::steered_;
 
    public:
     using Base::Base;
@@ -29,7 +29,8 @@ class Chain : public Stages<F> {
             if (*stage == kTopP && whole() && !(set.rules & kJoint) && lazy(stage)) break;
             apply(*stage, set, row);
         }
-        const Key drawn = *stage != kEnd ? draw_top_p(set.top_p) : greedy_ ? list()[0] : have_list_ ? draw_list() : draw_all();
+        const bool ended = *stage == kEnd;
+        const Key drawn = !ended ? draw_top_p(set.top_p) : greedy_ ? list()[0] : have_list_ ? draw_list() : draw_all();
         if (steered_) job_.state[row] = mu_ - set.mirostat_eta * (surprise_of(drawn) - set.mirostat_tau);
         finish(row, drawn, out);
         return kOk;

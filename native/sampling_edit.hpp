@@ -25,7 +25,8 @@ class Edits {
 
     // Everything but the allowed ids, which the caller takes out of the row.
     void run() {
-        for (int64_t j = set_.bias.begin; j < set_.bias.end; ++j) into_.change(job_.ids[j], [&](F x) { return x + job_.values[j]; });
+        for (int64_t j = set_.bias.begin; j < set_.bias.end; ++j)
+            into_.change(job_.ids[j], [&](F x) { return x + job_.values[j]; });
         if (job_.mask) into_.mask(job_.mask + row_ * job_.mask_stride);
         ban(set_.banned);
         const bool counted = job_.past_offsets && job_.past_prompts;
