@@ -148,6 +148,16 @@ inline void lanes64_portable(const Run& run, uint32_t c0, uint16_t* out) {
     }
 }
 
+// Memory that is asked for while lanes are made, `step` bytes with each 64 of them: making lanes does not wait for memory,
+// and an even stream of requests lets it go on.
+struct Ahead {
+    const char* from = nullptr;
+    int step = 0;
+    TWODICE_INLINE void ask(size_t begin, size_t end) const {  // in 64 lanes; a loop out of line would be no effect to GCC
+        for (size_t at = begin * step; at < end * step; at += 64) __builtin_prefetch(from + at);
+    }
+};
+
 #if TWODICE_X86
 // A 64-bit lane holds one counter's 32-bit word below and rubbish above: the multiplication reads the low half only, so
 // the low half of a product needs no masking and the high half no blending. Eight operations a round for 4 counters.
@@ -251,18 +261,27 @@ TWODICE_AVX512 TWODICE_INLINE void lanes_avx512(const Run& run, const KeysAvx512
     }
 }
 
-TWODICE_AVX2 inline void fill_avx2(const Run& run, uint32_t c0, size_t blocks, uint16_t* out) {
+TWODICE_AVX2 inline void fill_avx2(const Run& run, uint32_t c0, size_t blocks, uint16_t* out, Ahead ahead) {
     KeysAvx2 keys;
     spread_keys(run, keys);
-    for (size_t i = 0; i < blocks; ++i) lanes_avx2<2>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+    for (size_t i = 0; i < blocks; ++i) {
+        ahead.ask(i, i + 1);
+        lanes_avx2<2>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+    }
 }
 
-TWODICE_AVX512 inline void fill_avx512(const Run& run, uint32_t c0, size_t blocks, uint16_t* out) {
+TWODICE_AVX512 inline void fill_avx512(const Run& run, uint32_t c0, size_t blocks, uint16_t* out, Ahead ahead) {
     KeysAvx512 keys;
     spread_keys(run, keys);
     size_t i = 0;
-    for (; i + 2 <= blocks; i += 2) lanes_avx512<2>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
-    if (i < blocks) lanes_avx512<1>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+    for (; i + 4 <= blocks; i += 4) {
+        ahead.ask(i, i + 4);
+        lanes_avx512<4>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+    }
+    for (; i < blocks; ++i) {
+        ahead.ask(i, i + 1);
+        lanes_avx512<1>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+    }
 }
 #endif
 
@@ -315,16 +334,19 @@ TWODICE_INLINE void lanes_neon(const Run& run, uint32_t c0, uint16_t* out) {
 
 // Lanes of `counters` consecutive counters (c0, c1, c2, c3), (c0 + 1, ...), eight each, into `out`. `run` has its key
 // and its row. Exactly 8 * counters values are written.
-inline void fill_lanes(const Run& run, uint32_t c0, size_t counters, uint16_t* out) {
+inline void fill_lanes(const Run& run, uint32_t c0, size_t counters, uint16_t* out, Ahead ahead = {}) {
     const size_t blocks = counters / 8, rest = counters % 8;
     switch (simd_level().load(std::memory_order_relaxed)) {
 #if TWODICE_X86
-        case Simd::avx512: fill_avx512(run, c0, blocks, out); break;
-        case Simd::avx2: fill_avx2(run, c0, blocks, out); break;
+        case Simd::avx512: fill_avx512(run, c0, blocks, out, ahead); break;
+        case Simd::avx2: fill_avx2(run, c0, blocks, out, ahead); break;
 #endif
 #if TWODICE_NEON
         case Simd::neon:
-            for (size_t i = 0; i < blocks; ++i) lanes_neon<2>(run, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+            for (size_t i = 0; i < blocks; ++i) {
+                ahead.ask(i, i + 1);
+                lanes_neon<2>(run, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
+            }
             break;
 #endif
         default:

@@ -23,8 +23,7 @@ namespace twodice {
 namespace {
 
 constexpr int64_t kBlock = 128;  // values a block maximum stands for
-constexpr int64_t kDrawn = 8;    // blocks whose noise is made in one go
-constexpr int64_t kAhead = 32;    // ids of a history whose places are fetched before they are needed
+constexpr int64_t kDrawn = 16;   // blocks whose noise is made in one go
 constexpr double kDryMost = 1e30;
 
 namespace portable {

@@ -6,7 +6,7 @@ class Chain : public Stages<F> {
     using Base = Stages<F>;
     using typename Base::Key;
     using Base::in_, Base::s_, Base::job_, Base::x_, Base::ids_, Base::n_, Base::max_, Base::wide_max_, Base::edited_,
-        Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key, Base::index, Base::id_of, Base::least_of,
+        Base::maxima, Base::buffers, Base::hold, Base::value_at, Base::hold_all, Base::key, Base::index, Base::id_of, Base::least_of,
         Base::block_count, Base::block_end, Base::argmax, Base::list, Base::z_of, Base::whole, Base::for_kept,
         Base::log_total, Base::make_list, Base::first, Base::select, Base::sort_list, Base::top_, Base::temperature_,
         Base::cut_, Base::have_list_, Base::sorted_, Base::kHead, Base::apply, Base::top_p_whole, Base::surprise_of,
@@ -17,12 +17,18 @@ class Chain : public Stages<F> {
 
     int run(int64_t row, Result& out) {
         const Settings& set = job_.settings[job_.one_setting ? 0 : row];
-        const int status = this->open(row, set);
-        if (status != kOk) return status;
         at_ = Place{job_.keys[job_.one_key ? 0 : row],
                     static_cast<uint32_t>(job_.positions ? job_.positions[row] : job_.one_position),
                     static_cast<uint32_t>(job_.completions ? job_.completions[row] : job_.one_completion),
                     kPurposeToken};
+        if (plain(set)) {
+            Key drawn;
+            const int status = draw_as_read(row, set, drawn);
+            if (status == kOk) finish(row, drawn, out);
+            return status;
+        }
+        const int status = this->open(row, set);
+        if (status != kOk) return status;
         top_ = wide_max_;
         const uint8_t* stage = set.stages;
         for (; *stage != kEnd; ++stage) {
@@ -37,13 +43,21 @@ class Chain : public Stages<F> {
     }
 
    private:
+    static constexpr int64_t kTried = 64;   // tokens of a list whose noise is looked at in one go
     static constexpr int64_t kLazy = 1024;  // tokens; below, the exact way is as fast
+
+    static bool mild(double temperature) { return temperature > 1e-4 && temperature < 1e4; }
+
+    // Whether the draw is from everything, as it comes.
+    bool plain(const Settings& set) const {
+        return set.stages[0] == kTemperature && set.stages[1] == kEnd && mild(set.temperature) &&
+               in_.vocabulary >= kLazy && !Edits<F>::wanted(job_, set);
+    }
 
     // Whether the prefix need not be known: nothing follows that reads it.
     bool lazy(const uint8_t* stage) const {
         constexpr int kReads = kNeedLogprob | kNeedKept | kNeedMass | kNeedEntropy;
-        return sizeof(F) == 4 && stage[1] == kEnd && (job_.need & kReads) == 0 && temperature_ > 1e-4 &&
-               temperature_ < 1e4 && n_ >= kLazy;
+        return sizeof(F) == 4 && stage[1] == kEnd && (job_.need & kReads) == 0 && mild(temperature_) && n_ >= kLazy;
     }
 
     // Draws under top-p without its cut: the token drawn from everything is the one of the kept ones if it is kept, which
@@ -101,27 +115,140 @@ class Chain : public Stages<F> {
 
     // ---- the draw ----
 
+    using V = Vector16;
+    static_assert(kDrawn == 16, "one vector of blocks");
+
     // Score, then the lower id, which is the lower index.
     struct Best {
         double score = -INFINITY;
         uint32_t index = 0xFFFFFFFFu;
-        void offer(double candidate, uint32_t at) {
-            if (candidate > score || (candidate == score && at < index)) {
-                score = candidate;
-                index = at;
-            }
+        bool offer(double candidate, uint32_t at) {
+            const bool better = candidate > score || (candidate == score && at < index);
+            if (better) score = candidate, index = at;
+            return better;
         }
     };
 
+    // The greatest lanes with which tokens of kDrawn blocks from one on may reach a score, by their maxima: noise is at
+    // most -log(lane / 2^16). In float32, whose rounding the factor covers; what is no number limits nothing.
+    void limits(int64_t from, F top, double score, uint16_t* out) const {
+        const F* const most = &maxima()[from];
+        float odds[kDrawn];
+        for (int64_t j = 0; j < kDrawn; ++j) odds[j] = static_cast<float>(most[j] - top);
+        const V::F inverse = V::all(static_cast<float>(1.0 / temperature_)), less = V::all(static_cast<float>(score));
+        const V::F share = V::exp(V::sub(V::mul(V::load(odds), inverse), less));
+        V::store(odds, V::mul(share, V::all(65536.0f * 1.001f)));
+        for (int64_t j = 0; j < kDrawn; ++j) {
+            const float lane = odds[j] < 65535.0f ? odds[j] : 65535.0f;
+            out[j] = static_cast<uint16_t>(static_cast<int32_t>(lane));
+        }
+    }
+
+    // Makes the noise of at most kDrawn blocks that stand behind each other and calls fn(index, lane) for the lanes that
+    // are not above the limit of their block; renew(limits) gives these, and anew after an fn that is true.
+    template <class Renew, class Fn>
+    void sift(int64_t from, int64_t to, Ahead ahead, Renew renew, Fn fn) const {
+        const uint32_t begin = static_cast<uint32_t>(from * kBlock), end = static_cast<uint32_t>(block_end(to - 1));
+        alignas(64) uint16_t lanes[kDrawn * kBlock];
+        fill_lanes(run_, begin >> 3, (end - begin + 7) / 8, lanes, ahead);
+        uint16_t most[kDrawn];
+        renew(most);
+        for (uint32_t j = begin; j < end; j += 64) {
+            uint64_t mask = low_lanes(lanes + (j - begin), most[(j - begin) / kBlock]);
+            if (mask == 0) continue;
+            if (end - j < 64) mask &= (uint64_t{1} << (end - j)) - 1;
+            bool better = false;
+            for (; mask != 0; mask &= mask - 1) {
+                const uint32_t i = j + static_cast<uint32_t>(__builtin_ctzll(mask));
+                better |= fn(i, uint32_t{lanes[i - begin]});
+            }
+            if (better) renew(most);
+        }
+    }
+
+    // Draws from everything while the row is read, because the one waits for memory and the other does not. What can be
+    // said before the greatest value is known: a token whose noise, by its leading bits, cannot bring it to what another
+    // one surely has is not drawn. The few that remain are compared when the row has been read.
+    int draw_as_read(int64_t row, const Settings& set, Key& drawn) {
+        this->begin(row, set);
+        temperature_ = set.temperature;
+        run_.set_key(at_.key);
+        run_.set_row(at_.position, at_.completion, at_.purpose);
+        auto& found = s_.candidates;
+        found.clear();
+        F top = -INFINITY, base = 0;  // the greatest so far; the first finite one, to which scores are relative
+        double least = -INFINITY;     // the score that a token surely has
+        bool bad = false;
+        auto z_to_base = [&](uint32_t i) {
+            return (static_cast<double>(this->value_at(i)) - static_cast<double>(base)) / temperature_;
+        };
+        auto surely = [&](uint32_t i, double z, uint32_t high) {
+            found.push_back({i, high, z});
+            const double share = (high + 1.0) * 0x1p-16;
+            const double score = z - std::log(-std::log1p(-share)) - 1e-6;
+            const bool better = score > least;
+            if (better) least = score;
+            return better;
+        };
+        for (int64_t from = 0; from < block_count(); from += kDrawn) {
+            const int64_t to = std::min(from + kDrawn, block_count());
+            this->read(from, to, bad);
+            F here = -INFINITY;
+            for (int64_t b = from; b < to; ++b) here = maxima()[b] > here ? maxima()[b] : here;
+            if (!(here > -INFINITY)) continue;
+            if (here > top) {
+                if (!(top > -INFINITY)) base = here;
+                top = here;
+                int64_t b = from;
+                while (!(maxima()[b] == here)) ++b;
+                hold(b);
+                const uint32_t i = static_cast<uint32_t>(b * kBlock + first_equal(x_ + b * kBlock, here));
+                surely(i, z_to_base(i), leading16(at_, i));
+            }
+            sift(
+                from, to, this->ahead(to), [&](uint16_t* most) { limits(from, base, least, most); },
+                [&](uint32_t i, uint32_t high) {
+                    const double z = z_to_base(i);
+                    if (!(z + gumbel_bound(high) + 1e-6 >= least)) return false;
+                    return surely(i, z, high);
+                });
+        }
+        const int status = this->settle(row, set, bad);
+        if (status != kOk) return status;
+        top_ = wide_max_;
+        Best best;
+        for (const Candidate& one : found) {
+            if (one.z + gumbel_bound(one.high) + 1e-3 < least) continue;
+            const double z = z_of(this->value_at(one.index));
+            best.offer(z + gumbel_from_bits(uniform64(at_, one.index, one.high)), one.index);
+        }
+        hold(best.index / kBlock);
+        drawn = key(x_[best.index], best.index);
+        return kOk;
+    }
+
     Key draw_list() const {
         Best best;
-        for (const Key k : list()) {
-            const uint32_t i = index(k), id = id_of(i);
-            const double z = final_z(k);
-            if (z + 45.1 < best.score) continue;
-            const uint32_t high = leading16(at_, id);
-            if (z + gumbel_bound(high) + 1e-6 < best.score) continue;
-            best.offer(z + gumbel_from_bits(uniform64(at_, id, high)), i);
+        const auto& keys = list();
+        const int64_t size = static_cast<int64_t>(keys.size());
+        for (int64_t begin = 0; begin < size; begin += kTried) {
+            const int64_t n = size - begin < kTried ? size - begin : kTried;
+            uint32_t ids[kTried], high[kTried];
+            double z[kTried], bound[kTried];
+            for (int64_t j = 0; j < n; ++j) ids[j] = id_of(index(keys[begin + j])), z[j] = final_z(keys[begin + j]);
+            leading_bounds(at_, ids, n, high, bound);
+            int64_t likely = 0;  // a good score early lets most others go
+            for (int64_t j = 0; j < n; ++j) {
+                bound[j] += z[j] + 1e-6;
+                likely = bound[j] > bound[likely] ? j : likely;
+            }
+            auto offer = [&](int64_t j) {
+                if (bound[j] < best.score) return;
+                best.offer(z[j] + gumbel_from_bits(uniform64(at_, ids[j], high[j])), index(keys[begin + j]));
+            };
+            offer(likely);
+            for (int64_t j = 0; j < n; ++j)
+                if (j != likely) offer(j);
         }
         return key(x_[best.index], best.index);
     }
@@ -132,12 +259,12 @@ class Chain : public Stages<F> {
         Best best;
         const uint32_t first = argmax();  // a good score early lets most others go unread
         if (key(x_[first], first) >= cut_) best.offer(0.0 + gumbel(at_, id_of(first)), first);
-        const F* m = maxima().data();
-        int64_t begin = 0;
-        while (begin < block_count()) {
+        for (int64_t begin = 0; begin < block_count();) {
             // Blocks that stand behind each other are drawn in one go.
+            const double least = top_ + temperature_ * (best.score - 45.1);
             auto wanted = [&](int64_t b) {
-                return z_of(m[b]) + 45.1 >= best.score && (least_of(m[b]) | 0xFFFFFFFFu) >= cut_;
+                const F m = maxima()[b];
+                return static_cast<double>(m) >= least && (least_of(m) | 0xFFFFFFFFu) >= cut_ && m > -INFINITY;
             };
             if (!wanted(begin)) {
                 ++begin;
@@ -148,80 +275,27 @@ class Chain : public Stages<F> {
             draw_blocks(begin, end, best);
             begin = end;
         }
+        hold(best.index / kBlock);
         return key(x_[best.index], best.index);
     }
 
-    void try_one(const Place& at, uint32_t index, uint32_t high, Best& best) const {
-        if (!(x_[index] > -INFINITY) || key(x_[index], index) < cut_) return;
-        const double z = z_of(x_[index]);
-        if (z + gumbel_bound(high) + 1e-6 < best.score) return;
-        best.offer(z + gumbel_from_bits(uniform64(at, id_of(index), high)), index);
+    bool try_one(uint32_t at, uint32_t high, Best& best) const {
+        const F x = value_at(at);
+        if (!(x > -INFINITY) || key(x, at) < cut_) return false;
+        const double z = z_of(x);
+        if (z + gumbel_bound(high) + 1e-6 < best.score) return false;
+        return best.offer(z + gumbel_from_bits(uniform64(at_, id_of(at), high)), at);
     }
 
     void draw_blocks(int64_t from, int64_t to, Best& best) const {
-        const uint32_t begin = static_cast<uint32_t>(from * kBlock), end = static_cast<uint32_t>(block_end(to - 1));
-        for (int64_t b = from; b < to; ++b) hold(b);
-        if (ids_) {
-            for (uint32_t i = begin; i < end; ++i) {
-                const double z = z_of(x_[i]);
-                if (z + 45.1 < best.score) continue;
-                try_one(at_, i, leading16(at_, id_of(i)), best);
-            }
+        if (!ids_) {
+            sift(
+                from, to, Ahead{}, [&](uint16_t* most) { limits(from, max_, best.score, most); },
+                [&](uint32_t i, uint32_t high) { return try_one(i, high, best); });
             return;
         }
-        alignas(64) uint16_t lanes[kDrawn * kBlock];
-        fill_lanes(run_, begin >> 3, (end - begin + 7) / 8, lanes);
-        uint32_t i = begin;
-        // z + bound > score in float32 for many tokens at once. The margin covers its rounding; a NaN (0 * inf at a tiny
-        // temperature) passes on to the exact test. A difference of logits that overflows is decided by it only while the
-        // temperature cannot bring it back.
-#if defined(TWODICE_LEVEL_AVX512)
-        if (sizeof(F) == 4 && temperature_ < 1e30) {
-            const __m512 scale = _mm512_set1_ps(static_cast<float>(1.0 / temperature_));
-            const __m512 top = _mm512_set1_ps(static_cast<float>(max_));
-            const __m512 slope = _mm512_set1_ps(-0x1p-23f * 0.6931472f), offset = _mm512_set1_ps(143.0f * 0.6931472f);
-            __m512 least = _mm512_set1_ps(static_cast<float>(best.score) - 2e-3f);
-            for (; i + 16 <= end; i += 16) {
-                const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes + (i - begin)));
-                const __m512 h = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(high));
-                const __m512 bits = _mm512_cvtepi32_ps(_mm512_castps_si512(h));
-                const __m512 bound = _mm512_add_ps(_mm512_mul_ps(bits, slope), offset);
-                const __m512 x = _mm512_loadu_ps(reinterpret_cast<const float*>(x_ + i));
-                const __m512 z = _mm512_mul_ps(_mm512_sub_ps(x, top), scale);
-                unsigned mask = _mm512_cmp_ps_mask(_mm512_add_ps(z, bound), least, _CMP_NLE_UQ);
-                if (mask == 0) continue;
-                for (; mask != 0; mask &= mask - 1) {
-                    const uint32_t j = i + static_cast<uint32_t>(__builtin_ctz(mask));
-                    try_one(at_, j, lanes[j - begin], best);
-                }
-                least = _mm512_set1_ps(static_cast<float>(best.score) - 2e-3f);
-            }
-        }
-#elif defined(TWODICE_LEVEL_AVX2)
-        if (sizeof(F) == 4 && temperature_ < 1e30) {
-            const __m256 scale = _mm256_set1_ps(static_cast<float>(1.0 / temperature_));
-            const __m256 top = _mm256_set1_ps(static_cast<float>(max_));
-            const __m256 slope = _mm256_set1_ps(-0x1p-23f * 0.6931472f), offset = _mm256_set1_ps(143.0f * 0.6931472f);
-            __m256 least = _mm256_set1_ps(static_cast<float>(best.score) - 2e-3f);
-            for (; i + 8 <= end; i += 8) {
-                const __m128i high = _mm_load_si128(reinterpret_cast<const __m128i*>(lanes + (i - begin)));
-                const __m256 h = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(high));
-                const __m256 bits = _mm256_cvtepi32_ps(_mm256_castps_si256(h));
-                const __m256 bound = _mm256_add_ps(_mm256_mul_ps(bits, slope), offset);
-                const __m256 x = _mm256_loadu_ps(reinterpret_cast<const float*>(x_ + i));
-                const __m256 z = _mm256_mul_ps(_mm256_sub_ps(x, top), scale);
-                const __m256 out = _mm256_cmp_ps(_mm256_add_ps(z, bound), least, _CMP_LE_OQ);
-                unsigned mask = ~static_cast<unsigned>(_mm256_movemask_ps(out)) & 0xFFu;
-                if (mask == 0) continue;
-                for (; mask != 0; mask &= mask - 1) {
-                    const uint32_t j = i + static_cast<uint32_t>(__builtin_ctz(mask));
-                    try_one(at_, j, lanes[j - begin], best);
-                }
-                least = _mm256_set1_ps(static_cast<float>(best.score) - 2e-3f);
-            }
-        }
-#endif
-        for (; i < end; ++i) try_one(at_, i, lanes[i - begin], best);
+        for (int64_t i = from * kBlock; i < block_end(to - 1); ++i)
+            if (z_of(x_[i]) + 45.1 >= best.score) try_one(i, leading16(at_, id_of(i)), best);
     }
 
     // ---- everything that was asked for beside the token ----

@@ -1,6 +1,20 @@
 // Stages 2 and 3 of the chain on one row: bias, masks, banned ids, penalties, n-grams, DRY. A part of
 // sampling_level.hpp. The twin of src/twodice/kernels/sampling_edit.py.
 
+// Repetition, presence and frequency on the ids of past[begin, end); those from `text` on are counted.
+template <class F>
+struct Penalties {
+    const int64_t* past = nullptr;
+    int64_t begin = 0, end = 0, text = 0;
+    F repetition = 1, presence = 0, frequency = 0;
+
+    bool lower() const { return repetition >= 1 && presence >= 0 && frequency >= 0; }
+    F of(F x, int32_t told) const {
+        const F seldom = x > 0 ? x / repetition : x * repetition;
+        return told > 0 ? (seldom - static_cast<F>(told) * frequency) - presence : seldom;
+    }
+};
+
 template <class F>
 class Row;
 
@@ -46,8 +60,6 @@ class Edits {
         for (int64_t j = list.begin; j < list.end; ++j) drop(job_.ids[j]);
     }
 
-    // Repetition, presence and frequency, each id of the history once. No branch depends on whether it has been said
-    // before: that cannot be predicted.
     void penalise() {
         const bool repeated = set_.penalty != 1.0f, counted = set_.presence != 0.0f || set_.frequency != 0.0f;
         if (!repeated && !counted) return;
@@ -55,32 +67,10 @@ class Edits {
         const int64_t behind = prompt_ < begin ? begin : prompt_;  // the prompt
         const int64_t text = set_.rules & kCountPrompt ? begin : behind;
         const int64_t first = !repeated ? text : set_.rules & kRepeatText ? behind : begin;  // no engine has both rules
-        auto& ids = s_.distinct;
-        auto& told = s_.told;
-        auto& place = s_.numbers;  // of an id in `ids`, counted from 1
-        ids.resize(length_), told.assign(length_, 0);
-        place.resize(std::max<size_t>(place.size(), static_cast<size_t>(n_)), 0);
-        int32_t n = 0;
-        for (int64_t j = first; j < length_; ++j) {
-            const int64_t id = past_[j];
-            __builtin_prefetch(&place[past_[j + kAhead < length_ ? j + kAhead : j]], 1);
-            const int32_t found = place[id], fresh = found == 0, at = fresh ? n : found - 1;
-            ids[n] = static_cast<int32_t>(id);
-            n += fresh;
-            place[id] = at + 1;
-            told[at] += counted && j >= text;
-        }
-        ids.resize(n);
-        for (const int32_t id : ids) place[id] = 0;
-        const F penalty = repeated ? static_cast<F>(set_.penalty) : F{1};
-        const F presence = static_cast<F>(set_.presence), frequency = static_cast<F>(set_.frequency);
-        into_.change_later(ids, [&, count = told.data()](const F* before, F* after) {
-            for (int32_t j = 0; j < n; ++j) {
-                const F x = before[j], less = x / penalty, more = x * penalty, seldom = x > 0 ? less : more;
-                const F often = (seldom - static_cast<F>(count[j]) * frequency) - presence;
-                after[j] = count[j] > 0 ? often : seldom;
-            }
-        });
+        Penalties<F> all{past_, first, length_, counted ? text : length_};
+        all.repetition = static_cast<F>(set_.penalty);
+        all.presence = static_cast<F>(set_.presence), all.frequency = static_cast<F>(set_.frequency);
+        into_.wait(all);
     }
 
     void ban_ngrams() {

@@ -11,7 +11,7 @@ class Kept : public Row<F> {
     using typename Base::Key;
     using typename Base::Bits;
     using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::key, Base::index,
-        Base::block_count, Base::block_end;
+        Base::block_count, Base::block_end, Base::waiting_, Base::waits;
     static constexpr int64_t kChunk = 256;
     static_assert(kChunk % kBlock == 0, "a chunk is whole blocks");
 
@@ -178,29 +178,41 @@ class Kept : public Row<F> {
             if (x_[i] >= bound && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
     }
 
-    // The `count` first keys of the rank order, unsorted; fewer where fewer live. The count-th largest of the maxima of
-    // blocks, or of groups of blocks, which are fewer to look at, is not above the count-th largest value: only blocks that
-    // reach it are read again.
+    // The `count` first keys of the rank order, unsorted; fewer where fewer live. What `count` maxima of blocks reach, so
+    // many values reach: only blocks that reach it are read again.
     void select(int64_t count, std::vector<Key>& out) {
         F bound = -INFINITY;
         if (count <= block_count()) {
-            int64_t group = 1;
-            while (group < 8 && block_count() / (2 * group) >= 2 * count) group *= 2;
-            auto& most = buffers().copy;
-            most.clear();
-            for (int64_t b = 0; b < block_count(); b += group) {
-                F m = maxima()[b];
-                for (int64_t j = b + 1; j < b + group && j < block_count(); ++j) m = maxima()[j] > m ? maxima()[j] : m;
-                most.push_back(m);
+            for (bool sure = false; !sure;) {
+                bound = reached_by(count);
+                sure = true;
+                if (!waiting_) break;
+                for (int64_t b = 0; b < block_count(); ++b) {
+                    if (maxima()[b] < bound || !waits(b)) continue;
+                    hold(b);
+                    sure &= maxima()[b] >= bound;
+                }
             }
-            std::nth_element(most.begin(), most.begin() + (count - 1), most.end(), std::greater<F>());
-            bound = most[count - 1];
         }
         collect(bound, out);
         if (static_cast<int64_t>(out.size()) > count) {
             std::nth_element(out.begin(), out.begin() + (count - 1), out.end(), std::greater<Key>());
             out.resize(count);
         }
+    }
+
+    // A value that at least `count` of the maxima of blocks reach, and not many more, by bisection over the ordered bits.
+    F reached_by(int64_t count) const {
+        const int64_t enough = count + count / 8;
+        const int64_t size = static_cast<int64_t>(maxima().size());
+        Bits low = O::ordered(-INFINITY), high = O::ordered(max_);
+        while (high - low > 1) {
+            const Bits middle = low + (high - low) / 2;
+            const int64_t found = count_from(maxima().data(), size, O::value(middle));
+            (found >= count ? low : high) = middle;
+            if (found >= count && found <= enough) break;
+        }
+        return O::value(low);
     }
 
     void sort_list() {

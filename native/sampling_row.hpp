@@ -1,7 +1,8 @@
 // One row of logits, and its values after stages 1 to 3. A part of sampling_level.hpp.
 //
 // A row is read once whole, for the greatest value of each block. A block is copied, widened and edited when somebody
-// reads its values, because most settings read few blocks: penalties wait at their block until then.
+// reads its values, because most settings read few blocks: penalties wait at their block until then, and as long as they
+// wait the block's maximum is the one before them, which is not below the true one.
 
 template <class F>
 struct Order;
@@ -46,25 +47,24 @@ class Row {
         bring(b, before, value);
     }
 
-    // Many ids, each once: fn(before, after) fills the values `after`. What nobody has read yet waits until somebody does.
-    template <class Fn>
-    void change_later(const std::vector<int32_t>& ids, Fn fn) {
-        auto& before = buffers().before;
-        auto& after = buffers().waiting;
+    // Penalties on the ids of a history: each waits until its block is read, unless that has happened or one may raise a
+    // value.
+    void wait(const Penalties<F>& penalties) {
+        penalties_ = penalties;
+        waiting_ = true;
+        const int64_t* const ids = penalties.past;
         auto& next = s_.next_waiting;
-        const size_t n = ids.size();
-        before.resize(n), after.resize(n), next.resize(n);
-        for (size_t j = 0; j < n; ++j) before[j] = value_of(static_cast<uint32_t>(ids[j]));
-        fn(before.data(), after.data());
-        for (size_t j = 0; j < n; ++j) {
-            const uint32_t id = static_cast<uint32_t>(ids[j]), b = id / static_cast<uint32_t>(kBlock);
-            if (holds(b)) {
-                values()[id] = after[j];
-            } else {
-                next[j] = s_.first_waiting[b];
-                s_.first_waiting[b] = static_cast<int32_t>(j);
-            }
-            bring(b, before[j], after[j]);
+        int32_t* const first = s_.first_waiting.data();
+        if (static_cast<int64_t>(next.size()) < penalties.end) next.resize(penalties.end);
+        for (int64_t j = penalties.begin; j < penalties.end; ++j) {
+            const int64_t b = ids[j] / kBlock;
+            next[j] = first[b];
+            first[b] = static_cast<int32_t>(j);
+        }
+        for (int64_t b = 0; b < block_count(); ++b) {
+            if (!waits(b) || (!holds(b) && penalties.lower())) continue;
+            hold(b);
+            if (waits(b)) penalise(b);  // was held before
         }
     }
 
@@ -85,7 +85,6 @@ class Row {
             if (any == 0) {
                 std::fill_n(x, count, static_cast<F>(-INFINITY));
                 s_.held[b] = 1;
-                s_.first_waiting[b] = -1;
                 maxima()[b] = -INFINITY;
                 continue;
             }
@@ -114,6 +113,7 @@ class Row {
     uint32_t id_of(uint32_t index) const { return ids_ ? static_cast<uint32_t>(ids_[index]) : index; }
 
     bool holds(int64_t b) const { return all_held_ || s_.held[b]; }
+    bool waits(int64_t b) const { return waiting_ && s_.first_waiting[b] >= 0; }
 
     // x_ may be read in block b.
     void hold(int64_t b) const {
@@ -126,34 +126,63 @@ class Row {
         all_held_ = true;
     }
 
+    // The value at a place, of which no other value of its block need be read.
+    F value_at(int64_t i) const {
+        const int64_t b = i / kBlock;
+        if (waits(b)) hold(b);
+        if (holds(b)) return x_[i];
+        if (as_it_lies_) return reinterpret_cast<const F*>(start_)[i];
+        if (sizeof(F) == 4 && in_.type == kBfloat16)
+            return bits_of<float>(uint32_t{reinterpret_cast<const uint16_t*>(start_)[i]} << 16);
+        F value;
+        widen<F>(in_, start_, i, 1, &value);
+        return value;
+    }
+
+    // The values of a block, for one reading: there, or in `near`, which has room for them.
+    const F* peek(int64_t b, F* near) const {
+        if (waits(b)) hold(b);
+        if (holds(b)) return x_ + b * kBlock;
+        widen<F>(in_, start_, b * kBlock, block_end(b) - b * kBlock, near);
+        return near;
+    }
+
     // The lowest index of the greatest value.
     uint32_t argmax() const {
-        int64_t b = 0;
-        while (!(maxima()[b] == max_)) ++b;
-        hold(b);
-        int64_t i = b * kBlock;
-        while (!(x_[i] == max_)) ++i;
-        return static_cast<uint32_t>(i);
+        for (int64_t b = 0;; ++b) {
+            b += first_equal(&maxima()[b], max_);
+            hold(b);
+            if (maxima()[b] == max_) return static_cast<uint32_t>(b * kBlock + first_equal(x_ + b * kBlock, max_));
+        }
     }
 
     // The first index of the rank order.
     uint32_t first_index() const {
         if (flip_ != 0) return argmax();
-        int64_t b = block_count() - 1;
-        while (!(maxima()[b] == max_)) --b;
-        hold(b);
-        int64_t i = block_end(b) - 1;
-        while (!(x_[i] == max_)) --i;
-        return static_cast<uint32_t>(i);
+        for (int64_t b = block_count() - 1;; --b) {
+            if (maxima()[b] == max_) hold(b);
+            if (maxima()[b] != max_) continue;
+            int64_t i = block_end(b) - 1;
+            while (!(x_[i] == max_)) --i;
+            return static_cast<uint32_t>(i);
+        }
     }
 
     // Reads a row and runs the edits.
     int open(int64_t row, const Settings& set) {
+        begin(row, set);
+        bool bad = false;
+        read(0, block_count(), bad);
+        return settle(row, set, bad);
+    }
+
+    // The same in parts: nothing is read yet; some blocks are; all of them were, and `bad` says whether one had a NaN.
+    void begin(int64_t row, const Settings& set) {
         flip_ = (set.rules & kHighIdFirst) ? 0u : 0xFFFFFFFFu;
         start_ = in_.data + row * in_.row_bytes;
         n_ = in_.vocabulary;
-        const bool joined = in_.column_stride == 1;
-        as_it_lies_ = joined && in_.type == (sizeof(F) == 4 ? kFloat32 : kFloat64);
+        joined_ = in_.column_stride == 1;
+        as_it_lies_ = joined_ && in_.type == (sizeof(F) == 4 ? kFloat32 : kFloat64);
         edited_ = Edits<F>::wanted(job_, set);
         all_held_ = as_it_lies_ && !edited_;
         if (all_held_) {
@@ -163,9 +192,20 @@ class Row {
             x_ = values();
             s_.held.assign(block_count(), 0);
         }
-        maxima().resize(block_count());
-        bool bad = false;
-        for (int64_t b = 0; b < block_count(); ++b) maxima()[b] = block_maximum(b, joined, bad);
+        size_maxima();
+    }
+
+    void read(int64_t from, int64_t to, bool& bad) {
+        for (int64_t b = from; b < to; ++b) maxima()[b] = block_maximum(b, bad);
+    }
+
+    // The memory of a block, to be asked for; behind the last one there may be the next row.
+    Ahead ahead(int64_t b) const {
+        const int size = in_.type == kFloat64 ? 8 : in_.type == kFloat32 ? 4 : 2;
+        return joined_ ? Ahead{start_ + b * kBlock * size, 64 * size} : Ahead{};
+    }
+
+    int settle(int64_t row, const Settings& set, bool bad) {
         if (bad) return kNan;
         take_top();
         if (max_ == INFINITY) return kInfinite;
@@ -195,6 +235,7 @@ class Row {
     F max_ = 0;
     double wide_max_ = 0;
     bool edited_ = false;
+    bool waiting_ = false;  // there are penalties that may wait
 
    private:
     // The maximum of a block after one of its values has changed, or that it must be taken again.
@@ -205,20 +246,15 @@ class Row {
             s_.stale[b] = 1;
     }
 
-    F value_of(uint32_t id) const {
-        if (holds(id / static_cast<uint32_t>(kBlock))) return x_[id];
-        if (as_it_lies_) return reinterpret_cast<const F*>(start_)[id];
-        if (sizeof(F) == 4 && in_.type == kBfloat16)
-            return bits_of<float>(uint32_t{reinterpret_cast<const uint16_t*>(start_)[id]} << 16);
-        F value;
-        widen<F>(in_, start_, id, 1, &value);
-        return value;
+    void size_maxima() {
+        maxima().resize((block_count() / 16 + 2) * 16);  // a vector may begin at any block
+        std::fill(maxima().begin() + block_count(), maxima().end(), static_cast<F>(-INFINITY));
     }
 
-    F block_maximum(int64_t b, bool joined, bool& bad) {
+    F block_maximum(int64_t b, bool& bad) {
         const int64_t begin = b * kBlock, count = block_end(b) - begin;
         if (as_it_lies_) return block_max<F>(reinterpret_cast<const F*>(start_) + begin, count, bad);
-        if (!joined) {  // is not gathered twice
+        if (!joined_) {  // is not gathered twice
             widen<F>(in_, start_, begin, count, values() + begin);
             s_.held[b] = 1;
             return block_max<F>(x_ + begin, count, bad);
@@ -239,10 +275,23 @@ class Row {
         const int64_t begin = b * kBlock;
         widen<F>(in_, start_, begin, block_end(b) - begin, values() + begin);
         s_.held[b] = 1;
-        if (!edited_) return;
-        for (int32_t j = s_.first_waiting[b]; j >= 0; j = s_.next_waiting[j])
-            values()[s_.distinct[j]] = buffers().waiting[j];
+        if (waits(b)) penalise(b);
+    }
+
+    // Runs what waits at a block that is held. A place of the history is looked at once, an id changed once.
+    void penalise(int64_t b) const {
+        int32_t told[kBlock], seen[kBlock] = {};  // how often an id was said; its place in `ids`, counted from 1
+        uint8_t ids[kBlock];
+        int32_t n = 0;
+        for (int32_t j = s_.first_waiting[b]; j >= 0; j = s_.next_waiting[j]) {
+            const int64_t id = penalties_.past[j] % kBlock;
+            if (seen[id] == 0) ids[n] = static_cast<uint8_t>(id), told[n] = 0, seen[id] = ++n;
+            told[seen[id] - 1] += j >= penalties_.text;
+        }
         s_.first_waiting[b] = -1;
+        F* const x = values() + b * kBlock;
+        for (int32_t i = 0; i < n; ++i) x[ids[i]] = penalties_.of(x[ids[i]], told[i]);
+        maxima()[b] = maximum_of(x_, b);
     }
 
     // The row of these ids alone; they ascend, so the order of places is the order of ids.
@@ -253,17 +302,25 @@ class Row {
         for (int64_t j = 0; j < count; ++j) values()[j] = values()[ids_[j]];
         n_ = count;
         all_held_ = true;
+        waiting_ = false;
+        size_maxima();
         for (int64_t b = 0; b < block_count(); ++b) maxima()[b] = maximum_of(x_, b);
     }
 
     void take_top() {
-        F best = -INFINITY;
-        const F* m = maxima().data();
-        for (int64_t b = 0; b < block_count(); ++b) best = m[b] > best ? m[b] : best;
-        max_ = best;
-        wide_max_ = static_cast<double>(best);
+        for (;;) {
+            bool bad = false;
+            max_ = block_max<F>(maxima().data(), static_cast<int64_t>(maxima().size()), bad);
+            if (!waiting_ || max_ == -INFINITY) break;
+            const int64_t b = first_equal(maxima().data(), max_);
+            hold(b);
+            if (maxima()[b] == max_) break;
+        }
+        wide_max_ = static_cast<double>(max_);
     }
 
-    bool as_it_lies_ = false;         // contiguous values of type F
+    Penalties<F> penalties_;
+    bool joined_ = false;      // one value lies behind the other
+    bool as_it_lies_ = false;  // and all have type F
     mutable bool all_held_ = false;
 };

@@ -93,8 +93,8 @@ struct Result {
 // Buffers that a thread keeps between rows and calls, so that no page is touched for the first time in a hot call.
 template <class F, class K>
 struct Buffers {
-    std::vector<F> values, maxima, copy, raw;
-    std::vector<F> before, waiting;  // by place in `distinct`: a value before and after the penalties
+    std::vector<F> values, raw;
+    std::vector<F> maxima;  // by block; behind the last one -inf, a vector and more
     std::vector<K> keys;
 };
 
@@ -103,17 +103,21 @@ struct Distance {  // of one token's -log p to the entropy, with its mass
     int64_t mass;
 };
 
+struct Candidate {  // a token that may be drawn: its place, its 16 leading bits, its value as a score without noise
+    uint32_t index, high;
+    double z;
+};
+
 struct Scratch {
     Buffers<float, uint64_t> narrow;
     Buffers<double, unsigned __int128> wide;
     std::vector<int32_t> numbers;        // a number an id, all 0 between uses
-    std::vector<int32_t> distinct;       // the ids of a history, each once
-    std::vector<int32_t> told;           // how often each of them was said
     std::vector<int32_t> run;            // the length of the repeat that ends at each place
     std::vector<uint8_t> held, stale;    // by block: its values can be read; its maximum must be taken again
-    std::vector<int32_t> first_waiting;  // by block: the place in `distinct` of one whose edit waits, or -1
+    std::vector<int32_t> first_waiting;  // by block: a place in the history whose id it has and whose penalty waits, or -1
     std::vector<int32_t> next_waiting;   // by that place: the next one of the block, or -1
     std::vector<Distance> distances;
+    std::vector<Candidate> candidates;
 
     template <class F>
     auto& buffers() {

@@ -108,6 +108,83 @@ inline float block_max16(const uint16_t* x, int64_t count, bool& bad) {
     return best;
 }
 
+// The first place of a value that is there.
+template <class F>
+inline int64_t first_equal(const F* x, F value) {
+    int64_t j = 0;
+    while (!(x[j] == value)) ++j;
+    return j;
+}
+
+// How many of `count` numbers, a multiple of 16, are at least `bound`.
+template <class F>
+inline int64_t count_from(const F* x, int64_t count, F bound) {
+    int32_t lanes[16] = {};
+    for (int64_t j = 0; j < count; j += 16)
+        for (int i = 0; i < 16; ++i) lanes[i] += x[j + i] >= bound;
+    int64_t found = 0;
+    for (const int32_t lane : lanes) found += lane;
+    return found;
+}
+
+// Which of 64 lanes are at most `limit`: a bit each.
+inline uint64_t low_lanes(const uint16_t* lanes, uint16_t limit) {
+#if defined(TWODICE_LEVEL_AVX512)
+    const __m512i most = _mm512_set1_epi16(static_cast<int16_t>(limit));
+    const uint64_t low = _mm512_cmple_epu16_mask(_mm512_loadu_si512(lanes), most);
+    const uint64_t high = _mm512_cmple_epu16_mask(_mm512_loadu_si512(lanes + 32), most);
+    return low | high << 32;
+#elif defined(TWODICE_LEVEL_AVX2)
+    const __m256i most = _mm256_set1_epi16(static_cast<int16_t>(limit));
+    uint64_t out = 0;
+    for (int j = 0; j < 64; j += 32) {
+        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + j));
+        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + j + 16));
+        const __m256i c = _mm256_cmpeq_epi16(_mm256_min_epu16(a, most), a), d = _mm256_cmpeq_epi16(_mm256_min_epu16(b, most), b);
+        const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(c, d), 0xD8);
+        out |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(both))} << j;
+    }
+    return out;
+#else
+    uint16_t any = 0;
+    for (int j = 0; j < 64; ++j) any |= lanes[j] <= limit;
+    if (any == 0) return 0;
+    uint64_t out = 0;
+    for (int j = 0; j < 64; ++j) out |= uint64_t{lanes[j] <= limit} << j;
+    return out;
+#endif
+}
+
+// The 16 leading bits of `count` ids in any order, and their bounds on the noise (gumbel_bound).
+inline void leading_bounds(const Place& at, const uint32_t* ids, int64_t count, uint32_t* high, double* bound) {
+    constexpr int64_t kGroup = 16;
+    for (int64_t begin = 0; begin < count; begin += kGroup) {
+        const int64_t n = count - begin < kGroup ? count - begin : kGroup;
+        uint32_t own[kGroup] = {};
+        std::copy_n(ids + begin, n, own);
+        uint32_t c0[kGroup], c1[kGroup], c2[kGroup], c3[kGroup];
+        for (int i = 0; i < kGroup; ++i) c0[i] = own[i] >> 3, c1[i] = at.position, c2[i] = at.completion, c3[i] = at.purpose;
+        uint32_t k0 = static_cast<uint32_t>(at.key), k1 = static_cast<uint32_t>(at.key >> 32);
+        for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1)
+            for (int i = 0; i < kGroup; ++i) {
+                const uint64_t p0 = static_cast<uint64_t>(kMultiplier0) * c0[i];
+                const uint64_t p1 = static_cast<uint64_t>(kMultiplier1) * c2[i];
+                c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
+                c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
+                c1[i] = static_cast<uint32_t>(p1);
+                c3[i] = static_cast<uint32_t>(p0);
+            }
+        uint32_t found[kGroup];
+        for (int i = 0; i < kGroup; ++i) {
+            const uint32_t lane = own[i] & 7, left = lane & 2 ? c1[i] : c0[i], right = lane & 2 ? c3[i] : c2[i];
+            const uint32_t word = lane & 4 ? right : left;
+            found[i] = (word >> ((lane & 1) << 4)) & 0xFFFFu;
+        }
+        std::copy_n(found, n, high + begin);
+        for (int64_t i = 0; i < n; ++i) bound[begin + i] = gumbel_bound(found[i]);
+    }
+}
+
 #ifdef TWODICE_LEVEL_AVX2
 // noise_exp of four numbers, the same operations.
 inline __m256d exp4(__m256d z) {
