@@ -8,7 +8,7 @@ class Chain : public Stages<F> {
     using Base::in_, Base::s_, Base::job_, Base::x_, Base::ids_, Base::n_, Base::max_, Base::wide_max_, Base::edited_,
         Base::maxima, Base::buffers, Base::hold, Base::value_at, Base::hold_all, Base::key, Base::index, Base::id_of, Base::least_of,
         Base::block_count, Base::block_end, Base::argmax, Base::list, Base::z_of, Base::whole, Base::for_kept,
-        Base::log_total, Base::make_list, Base::first, Base::select, Base::sort_list, Base::top_, Base::temperature_,
+        Base::log_total, Base::make_list, Base::first, Base::collect, Base::sort_list, Base::top_, Base::temperature_,
         Base::cut_, Base::have_list_, Base::sorted_, Base::kHead, Base::apply, Base::top_p_whole, Base::surprise_of,
         Base::final_z, Base::at_, Base::mixed_, Base::mu_, Base::greedy_, Base::steered_;
 
@@ -43,6 +43,8 @@ class Chain : public Stages<F> {
     }
 
    private:
+    using V = Vector16;
+    static_assert(kDrawn == 16, "one vector of blocks");
     static constexpr int64_t kTried = 64;   // tokens of a list whose noise is looked at in one go
     static constexpr int64_t kLazy = 1024;  // tokens; below, the exact way is as fast
 
@@ -62,22 +64,15 @@ class Chain : public Stages<F> {
 
     // Draws under top-p without its cut: the token drawn from everything is the one of the kept ones if it is kept, which
     // is seen from the mass that stands before it. If it is not, the cut lies above it, and what is above is drawn again.
-    // Masses are summed in float32 with a bound; what this cannot decide goes the exact way.
+    // Masses are summed roughly, with a bound; what this cannot decide goes the exact way.
     Key draw_top_p(double p) {
-        const float inverse = static_cast<float>(1.0 / temperature_), top = static_cast<float>(max_);
-        const float* const x = reinterpret_cast<const float*>(x_);
-        hold_all();
-        if (peaked(top, inverse) && head_top_p(p, rough_sums(x, n_, top, inverse, INFINITY).all)) return draw_list();
+        if (head_top_p(p)) return draw_list();
         for (int tries = 0; p > 0.1 && tries < 8; ++tries) {
             const Key drawn = draw_all();
-            const float value = static_cast<float>(x_[index(drawn)]);
-            // At least what stands before the token: everything above it, and its equals but itself.
-            const Rough most = rough_sums(x, n_, top, inverse, std::nextafter(value, -INFINITY));
-            const double error = kRough * most.all;
-            if (most.above - noise_exp(z_of(static_cast<F>(value))) + error < p * (most.all - error)) return drawn;
             if (drawn == first()) return drawn;
-            const Rough least = rough_sums(x, n_, top, inverse, value);
-            if (least.above - error <= p * (least.all + error)) break;
+            const Stands stands = stands_under(p, drawn);
+            if (stands == Stands::within) return drawn;
+            if (stands == Stands::unknown) break;
             cut_ = drawn + 1;
         }
         cut_ = 0;
@@ -85,38 +80,88 @@ class Chain : public Stages<F> {
         return have_list_ ? draw_list() : draw_all();
     }
 
-    // Whether a few tokens are likely to hold the mass that top-p asks for: few block maxima are near the top.
-    bool peaked(float top, float inverse) const {
-        const float* const m = reinterpret_cast<const float*>(maxima().data());
-        return rough_sums(m, block_count(), top, inverse, INFINITY).all < 6.0;
-    }
-
-    // Keep the prefix among the first `kHead` tokens, if the bounds on the sum of all say which one it is.
-    bool head_top_p(double p, double all) {
-        const double error = kRough * all;
-        select(kHead, list());
+    // Keeps the prefix, if the few tokens that have a mass to speak of hold it and say where it ends.
+    bool head_top_p(double p) {
+        constexpr int64_t kFew = 64;  // blocks
+        const double small = (1.0 - p) / (8.0 * static_cast<double>(n_));
+        const F bound = static_cast<F>(top_ + temperature_ * std::log(small) - 1e-6 * std::fabs(top_));
+        int64_t blocks = 0;
+        for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
+        if (!(small > 0) || blocks > kFew) return false;
+        collect(bound, list());
         have_list_ = true;
         sorted_ = false;
         sort_list();
         auto& keys = list();
-        double sum = 0;
-        size_t length = 0;
-        for (; length < keys.size(); ++length) {
-            if (length > 0 && sum >= p * (all - error)) {  // may be enough already
-                if (sum < p * (all + error)) break;
-                keys.resize(length);
-                return true;
-            }
-            sum += static_cast<double>(noise_weight(z_of(keys[length]))) * 0x1p-42;
+        int64_t all = 0, sum = 0;
+        for (const Key k : keys) all += noise_weight(z_of(k));
+        const double least = p * static_cast<double>(all);
+        const double most = p * (static_cast<double>(all) + 0x1p42 * small * static_cast<double>(n_)) + 1.0;
+        for (size_t length = 0; length < keys.size() && static_cast<double>(sum) < most;) {
+            if (length > 0 && static_cast<double>(sum) >= least) break;  // may be enough already
+            sum += noise_weight(z_of(keys[length++]));
+            if (static_cast<double>(sum) < most) continue;
+            keys.resize(length);
+            return true;
         }
         have_list_ = sorted_ = false;
         return false;
     }
 
-    // ---- the draw ----
+    // Whether a token is within the prefix that top-p keeps.
+    enum class Stands { within, beyond, unknown };
 
-    using V = Vector16;
-    static_assert(kDrawn == 16, "one vector of blocks");
+    Stands stands_under(double p, Key drawn) const {
+        const float value = static_cast<float>(x_[index(drawn)]), under = std::nextafter(value, -INFINITY);
+        // At least what stands before it: everything above it, and its equals but itself.
+        const Rough most = linear_sums(under);
+        const double self = exp_linear_of(value - static_cast<float>(max_), linear_slope());
+        const double before = most.above - self, rest = most.all - before, error = kRough * most.all;
+        if (before * (1.0 - p) + error < p * (rest / kLinear)) return Stands::within;
+        const Rough least = linear_sums(value);  // surely before it
+        if (least.above / kLinear * (1.0 - p) > p * (least.all - least.above) + error) return Stands::beyond;
+        // Nearer.
+        const Rough near_most = exp_sums(under), near_least = exp_sums(value);
+        const double near_error = kRough * near_most.all;
+        const double near_before = near_most.above - noise_exp(z_of(drawn));
+        if (near_before + near_error < p * (near_most.all - near_error)) return Stands::within;
+        if (near_least.above - near_error > p * (near_least.all + near_error)) return Stands::beyond;
+        return Stands::unknown;
+    }
+
+    float linear_slope() const { return static_cast<float>(1.0 / temperature_) * kLinearSlope; }
+
+    // Sums of exp(z), at most kLinear times too large.
+    Rough linear_sums(float bound) const {
+        const V::F top = V::all(static_cast<float>(max_)), slope = V::all(linear_slope());
+        return sums(bound, [&](V::F x) { return V::exp_linear(V::sub(x, top), slope); });
+    }
+
+    // Sums of exp(z), within kRough of the masses.
+    Rough exp_sums(float bound) const {
+        const V::F top = V::all(static_cast<float>(max_)), inverse = V::all(static_cast<float>(1.0 / temperature_));
+        return sums(bound, [&](V::F x) { return V::exp(V::mul(V::sub(x, top), inverse)); });
+    }
+
+    template <class Share>
+    Rough sums(float bound, Share share) const {
+        static_assert(kBlock % 16 == 0, "whole vectors");
+        Rough out;
+        F near[kBlock];
+        for (int64_t b = 0; b < block_count(); ++b) {
+            const int64_t count = block_end(b) - b * kBlock;
+            const F* x = this->peek(b, near);
+            if (count < kBlock) {
+                if (x != near) std::copy_n(x, count, near);
+                std::fill(near + count, near + kBlock, static_cast<F>(-INFINITY));
+                x = near;
+            }
+            add_rough(reinterpret_cast<const float*>(x), kBlock, bound, share, out);
+        }
+        return out;
+    }
+
+    // ---- the draw ----
 
     // Score, then the lower id, which is the lower index.
     struct Best {

@@ -9,9 +9,13 @@ struct Penalties {
     F repetition = 1, presence = 0, frequency = 0;
 
     bool lower() const { return repetition >= 1 && presence >= 0 && frequency >= 0; }
-    F of(F x, int32_t told) const {
-        const F seldom = x > 0 ? x / repetition : x * repetition;
-        return told > 0 ? (seldom - static_cast<F>(told) * frequency) - presence : seldom;
+    // No branch: what a value is, and whether it was said in the text, cannot be predicted.
+    void change(F* x, const int32_t* told, int32_t n) const {
+        for (int32_t i = 0; i < n; ++i) {
+            const F less = x[i] / repetition, more = x[i] * repetition, seldom = x[i] > 0 ? less : more;
+            const F often = (seldom - static_cast<F>(told[i]) * frequency) - presence;
+            x[i] = told[i] > 0 ? often : seldom;
+        }
     }
 };
 

@@ -57,10 +57,11 @@ class Row {
         int32_t* const first = s_.first_waiting.data();
         if (static_cast<int64_t>(next.size()) < penalties.end) next.resize(penalties.end);
         for (int64_t j = penalties.begin; j < penalties.end; ++j) {
-            const int64_t b = ids[j] / kBlock;
+            const int64_t b = block_of(ids[j]);
             next[j] = first[b];
             first[b] = static_cast<int32_t>(j);
         }
+        if (penalties.lower() && std::find(s_.held.begin(), s_.held.end(), 1) == s_.held.end()) return;
         for (int64_t b = 0; b < block_count(); ++b) {
             if (!waits(b) || (!holds(b) && penalties.lower())) continue;
             hold(b);
@@ -103,6 +104,7 @@ class Row {
     auto& buffers() const { return s_.template buffers<F>(); }
     F* values() const { return buffers().values.data(); }
     std::vector<F>& maxima() const { return buffers().maxima; }
+    static int64_t block_of(int64_t i) { return static_cast<int64_t>(static_cast<uint64_t>(i) / kBlock); }
     int64_t block_count() const { return (n_ + kBlock - 1) / kBlock; }
     int64_t block_end(int64_t b) const { return b * kBlock + kBlock < n_ ? b * kBlock + kBlock : n_; }
 
@@ -128,7 +130,7 @@ class Row {
 
     // The value at a place, of which no other value of its block need be read.
     F value_at(int64_t i) const {
-        const int64_t b = i / kBlock;
+        const int64_t b = block_of(i);
         if (waits(b)) hold(b);
         if (holds(b)) return x_[i];
         if (as_it_lies_) return reinterpret_cast<const F*>(start_)[i];
@@ -280,17 +282,20 @@ class Row {
 
     // Runs what waits at a block that is held. A place of the history is looked at once, an id changed once.
     void penalise(int64_t b) const {
-        int32_t told[kBlock], seen[kBlock] = {};  // how often an id was said; its place in `ids`, counted from 1
+        int32_t told[kBlock], place[kBlock] = {};  // how often an id was said; its place in `ids`, counted from 1
         uint8_t ids[kBlock];
         int32_t n = 0;
         for (int32_t j = s_.first_waiting[b]; j >= 0; j = s_.next_waiting[j]) {
-            const int64_t id = penalties_.past[j] % kBlock;
-            if (seen[id] == 0) ids[n] = static_cast<uint8_t>(id), told[n] = 0, seen[id] = ++n;
-            told[seen[id] - 1] += j >= penalties_.text;
+            const int64_t id = static_cast<uint64_t>(penalties_.past[j]) % kBlock;
+            if (place[id] == 0) ids[n] = static_cast<uint8_t>(id), told[n] = 0, place[id] = ++n;
+            told[place[id] - 1] += j >= penalties_.text;
         }
         s_.first_waiting[b] = -1;
         F* const x = values() + b * kBlock;
-        for (int32_t i = 0; i < n; ++i) x[ids[i]] = penalties_.of(x[ids[i]], told[i]);
+        F some[kBlock];
+        for (int32_t i = 0; i < n; ++i) some[i] = x[ids[i]];
+        penalties_.change(some, told, n);
+        for (int32_t i = 0; i < n; ++i) x[ids[i]] = some[i];
         maxima()[b] = maximum_of(x_, b);
     }
 

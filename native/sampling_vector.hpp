@@ -270,68 +270,31 @@ inline void weigh_moments(const F* x, int64_t count, double m, double t, int64_t
 // exponential and the sums are wrong by less than 2^-18; a mass is a multiple of 2^-42, 2^20 of them are wrong by 2^-23.
 constexpr double kRough = 0x1p-16;
 
-// Sums of exp((x - top) / t) in float32: of all, and of those above `bound`; within kRough of the masses. For
-// temperatures whose reciprocal float32 holds.
-struct Rough {
-    double all = 0, above = 0;
-};
-
-#ifdef TWODICE_LEVEL_AVX2
+#if defined(TWODICE_LEVEL_AVX512)
+using Vector16 = Vector16Avx512;
+#elif defined(TWODICE_LEVEL_AVX2)
 using Vector16 = Vector16Avx2;
 #else
 using Vector16 = Vector16Portable;
 #endif
 
-inline Rough rough_sums(const float* x, int64_t count, float top, float inverse, float bound) {
-    constexpr int64_t kRun = 512;  // values whose sum stays in float32
-    Rough out;
-    int64_t j = 0;
-#ifdef TWODICE_LEVEL_AVX512
-    // 2^t with t split into an integer and a rest in [-1/2, 1/2], whose power is a polynomial, wrong by 2^-22.
-    const __m512 tops = _mm512_set1_ps(top), scale = _mm512_set1_ps(inverse * 1.44269504f);
-    const __m512 low = _mm512_set1_ps(-126.0f), bounds = _mm512_set1_ps(bound);
-    for (; j + kRun <= count; j += kRun) {
-        __m512 all = _mm512_setzero_ps(), above = all;
-#pragma GCC unroll 4
-        for (int64_t i = j; i < j + kRun; i += 16) {
-            const __m512 value = _mm512_loadu_ps(x + i);
-            const __m512 t = _mm512_max_ps(_mm512_mul_ps(_mm512_sub_ps(value, tops), scale), low);
-            const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-            const __m512 f = _mm512_sub_ps(t, n);
-            __m512 e = _mm512_set1_ps(1.33335581e-3f);
-            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(9.61812910e-3f));
-            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(5.55041087e-2f));
-            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(2.40226507e-1f));
-            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(6.93147181e-1f));
-            e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(1.0f));
-            e = _mm512_scalef_ps(e, n);
-            all = _mm512_add_ps(all, e);
-            above = _mm512_mask_add_ps(above, _mm512_cmp_ps_mask(value, bounds, _CMP_GT_OQ), above, e);
-        }
-        out.all += static_cast<double>(_mm512_reduce_add_ps(all));
-        out.above += static_cast<double>(_mm512_reduce_add_ps(above));
-    }
-#else
+// Sums over values of a row, of all and of those above a bound.
+struct Rough {
+    double all = 0, above = 0;
+};
+
+// Adds share(values) of `count` values, a multiple of 16 and not more than float32 adds up well.
+template <class Share>
+inline void add_rough(const float* x, int64_t count, float bound, Share share, Rough& out) {
     using V = Vector16;
-    const V::F tops = V::all(top), inverses = V::all(inverse);
-    for (; j + kRun <= count; j += kRun) {
-        V::F all = V::all(0.0f), above = all;
-        for (int64_t i = j; i < j + kRun; i += 16) {
-            const V::F value = V::load(x + i);
-            const V::F e = V::exp(V::mul(V::sub(value, tops), inverses));
-            all = V::add(all, e);
-            above = V::add(above, V::or_zero(V::greater(value, bound), e));
-        }
-        out.all += static_cast<double>(V::sum(all));
-        out.above += static_cast<double>(V::sum(above));
+    V::F all = V::all(0.0f), above = all;
+    for (int64_t j = 0; j < count; j += 16) {
+        const V::F value = V::load(x + j), e = share(value);
+        all = V::add(all, e);
+        above = V::add(above, V::or_zero(V::greater(value, bound), e));
     }
-#endif
-    for (; j < count; ++j) {
-        const double e = static_cast<double>(exp_of((x[j] - top) * inverse));
-        out.all += e;
-        if (x[j] > bound) out.above += e;
-    }
-    return out;
+    out.all += static_cast<double>(V::sum(all));
+    out.above += static_cast<double>(V::sum(above));
 }
 
 // Sums of exp(z) and of z exp(z), in float64 and in no promised order; what has no mass (z may be -inf) has no moment.

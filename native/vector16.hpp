@@ -34,6 +34,20 @@ inline float exp_of(float x) {
     return p * power;
 }
 
+// exp(x) for x <= 0 and slope = 2^23 / ln 2: the bits of a float read as an integer are 2^23 times a logarithm that is
+// straight between powers of two, so the result is at most kLinear times too large and never too small, but for rounding;
+// below 2^-126 it is 0. Schraudolph, Neural Computation 11, 1999.
+constexpr float kOneAsInteger = 0x3F800000, kLinearSlope = 12102203.16f;
+constexpr double kLinear = 1.0615;
+
+inline float exp_linear_of(float x, float slope) {
+    const float y = x * slope + kOneAsInteger;
+    const uint32_t bits = static_cast<uint32_t>(y > 0.0f ? static_cast<int32_t>(y) : 0);
+    float out;
+    std::memcpy(&out, &bits, sizeof(out));
+    return out;
+}
+
 struct Vector16Portable {
     struct F {
         float v[16];
@@ -61,6 +75,7 @@ struct Vector16Portable {
     static F mul_add(const F& a, const F& b, const F& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
     static F max(const F& a, const F& b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
     static F exp(const F& a) { return each([&](int i) { return exp_of(a.v[i]); }); }
+    static F exp_linear(const F& a, const F& slope) { return each([&](int i) { return exp_linear_of(a.v[i], slope.v[i]); }); }
     static M kept(const uint16_t* lanes, uint16_t threshold) {
         M out;
         for (int i = 0; i < 16; ++i) out.v[i] = lanes[i] >= threshold;
@@ -126,6 +141,11 @@ struct Vector16Avx2 {
         return _mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(power)), kept);
     }
     TWODICE_HERE F exp(F x) { return {exp8(x.a), exp8(x.b)}; }
+    TWODICE_HERE __m256 linear8(__m256 x, __m256 slope) {
+        const __m256 y = _mm256_add_ps(_mm256_mul_ps(x, slope), _mm256_set1_ps(kOneAsInteger));
+        return _mm256_castsi256_ps(_mm256_cvttps_epi32(_mm256_max_ps(y, _mm256_setzero_ps())));
+    }
+    TWODICE_HERE F exp_linear(F x, F slope) { return {linear8(x.a, slope.a), linear8(x.b, slope.b)}; }
     TWODICE_HERE M kept(const uint16_t* lanes, uint16_t threshold) {
         const __m256i lane = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
         const __m256i t = _mm256_set1_epi16(static_cast<int16_t>(threshold));
@@ -187,6 +207,10 @@ struct Vector16Avx512 {
         for (int i = 1; i < 6; ++i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kExp[i]));
         p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
         return _mm512_maskz_scalef_ps(kept, p, n);
+    }
+    TWODICE_HERE F exp_linear(F x, F slope) {
+        const F y = _mm512_fmadd_ps(x, slope, _mm512_set1_ps(kOneAsInteger));
+        return _mm512_castsi512_ps(_mm512_cvttps_epi32(_mm512_max_ps(y, _mm512_setzero_ps())));
     }
     TWODICE_HERE M kept(const uint16_t* lanes, uint16_t threshold) {
         return _mm256_cmpge_epu16_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)),
