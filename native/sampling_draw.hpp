@@ -175,8 +175,13 @@ class Chain : public Stages<F> {
     };
 
     // The greatest lanes with which tokens of kDrawn blocks from one on may reach a score, by their maxima: noise is at
-    // most -log(lane / 2^16). In float32, whose rounding the factor covers; what is no number limits nothing.
+    // most -log(lane / 2^16). In float32, whose rounding the factor covers; what is no number limits nothing,
+    // nor does a temperature that may bring back a difference which float32 cannot hold.
     void limits(int64_t from, F top, double score, uint16_t* out) const {
+        if (temperature_ >= 1e30) {
+            std::fill_n(out, kDrawn, uint16_t{65535});
+            return;
+        }
         const F* const most = &maxima()[from];
         float odds[kDrawn];
         for (int64_t j = 0; j < kDrawn; ++j) odds[j] = static_cast<float>(most[j] - top);
