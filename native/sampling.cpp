@@ -159,15 +159,17 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
     return nb::make_tuple(bad.load(), flat);
 }
 
-// The children, with the name that `told` spells, of the keys whose 64 bits are the seeds.
-void child_keys(uintptr_t seeds, int64_t count, nb::bytes told, uintptr_t out) {
-    const uint64_t* const parents = at<const uint64_t>(seeds);
+// The children, with the name that `told` spells, of the keys whose 64 bits are those of the seeds, which are integers.
+void child_keys(nb::tuple seeds, nb::bytes told, uintptr_t out) {
     uint8_t message[kBlakeBlock];
     if (told.size() + 8 > kBlakeBlock) throw nb::value_error("the name of a key is too long");
     std::memcpy(message + 8, told.c_str(), told.size());
-    for (int64_t i = 0; i < count; ++i) {
-        for (int j = 0; j < 8; ++j) message[j] = static_cast<uint8_t>(parents[i] >> (8 * j));
-        at<uint64_t>(out)[i] = blake2b_8(message, told.size() + 8);
+    uint64_t* to = at<uint64_t>(out);
+    for (const nb::handle seed : seeds) {
+        const uint64_t parent = PyLong_AsUnsignedLongLongMask(seed.ptr());
+        if (PyErr_Occurred()) throw nb::python_error();
+        for (int j = 0; j < 8; ++j) message[j] = static_cast<uint8_t>(parent >> (8 * j));
+        *to++ = blake2b_8(message, told.size() + 8);
     }
 }
 

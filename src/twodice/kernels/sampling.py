@@ -49,19 +49,22 @@ def native(
     kind, size = _TYPES[logits.dtype]
     if threads is None:  # one row has one thread; asking torch for its number costs microseconds
         threads = torch.get_num_threads() if rows * vocabulary > _WORTH_A_THREAD and rows > 1 else 1
-    position, completion = draw.position, draw.completion
+    position, completion, keys = draw.position, draw.completion, draw.keys
     at, one_at = (0, position) if isinstance(position, int) else (position.data_ptr(), 0)
     which, one_which = (0, completion) if isinstance(completion, int) else (completion.data_ptr(), 0)
-    bits = 0
-    for name in need:
-        bits |= _BITS[name]
     tokens = torch.empty(rows, dtype=torch.int64)
-    rank = torch.empty(rows, dtype=torch.int64) if "rank" in need else None
     status = torch.empty(rows, dtype=torch.int32)
-    with_floats = bits & ~(_BITS["rank"] | _BITS["kept"])
-    floats = torch.empty((len(_FLOATS), rows), dtype=torch.float64) if with_floats else None
-    offsets = torch.empty(rows + 1, dtype=torch.int64) if "kept" in need else None
-    moved = None
+    bits = 0
+    rank = floats = offsets = moved = None
+    if need:  # most calls of a text ask for nothing, and every microsecond of Python is a few per cent of one
+        for name in need:
+            bits |= _BITS[name]
+        if "rank" in need:
+            rank = torch.empty(rows, dtype=torch.int64)
+        if bits & ~(_BITS["rank"] | _BITS["kept"]):
+            floats = torch.empty((len(_FLOATS), rows), dtype=torch.float64)
+        if "kept" in need:
+            offsets = torch.empty(rows + 1, dtype=torch.int64)
     if settings.has_state:
         moved = torch.full((rows,), torch.nan, dtype=torch.float64) if state is None else state.clone()
     found = dispatch.native.sample(
@@ -73,8 +76,8 @@ def native(
         column_stride,
         settings.pointers,
         len(settings.rows),
-        draw.keys.data_ptr(),
-        len(draw.keys),
+        keys.data_ptr(),
+        keys.shape[0],
         at,
         one_at,
         which,
@@ -91,9 +94,7 @@ def native(
         _pointer(offsets),
         threads,
     )
-    out = Sampled(tokens, status)
-    out.rank = rank
-    out.state = moved
+    out = Sampled(tokens, status, rank=rank, state=moved)
     if floats is not None:
         for name, values in zip(_FLOATS, floats, strict=True):
             if name in need:
@@ -136,7 +137,7 @@ def choose(
     need: Sequence[str] = (),
 ) -> tuple[Sampled, int | None]:
     """Run the fastest kernel that serves these logits; bad rows are None where nobody has counted."""
-    if dispatch.native is not None and logits.device.type == "cpu" and logits.dtype in _TYPES:
+    if logits.is_cpu and dispatch.native is not None and logits.dtype in _TYPES:
         return native(logits, settings, draw, past, mask, state, need)
     if logits.is_cuda and dispatch.triton_is_there():
         from twodice.kernels import sampling_triton

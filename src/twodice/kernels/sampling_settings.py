@@ -190,7 +190,7 @@ class Past:
     prompts: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs a call as much as the rest of its making
 class Draw:
     """Where the noise of R rows stands: int64 bits of keys, and coordinates, a row each or one for all."""
 

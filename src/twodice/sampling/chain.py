@@ -5,7 +5,6 @@ The file knows the names of settings and the codes of stages; it knows no logits
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -70,11 +69,11 @@ _NAME = spelled("sampling")
 
 def keys_of(seeds: Iterable[int]) -> Tensor:
     """The same of R seeds in [-2^63, 2^64): (R,) int64 of the keys' bits."""
-    parents = array("Q", [seed % 2**64 for seed in seeds])
+    parents = tuple(seeds)
     if dispatch.native is None:
-        return torch.from_numpy(np.array([key_of(seed) for seed in parents], np.uint64).view(np.int64))
+        return torch.from_numpy(np.array([key_of(seed % 2**64) for seed in parents], np.uint64).view(np.int64))
     keys = torch.empty(len(parents), dtype=torch.int64)
-    dispatch.native.child_keys(parents.buffer_info()[0], len(parents), _NAME, keys.data_ptr())
+    dispatch.native.child_keys(parents, _NAME, keys.data_ptr())
     return keys
 
 

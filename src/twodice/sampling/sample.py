@@ -9,7 +9,6 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -142,13 +141,11 @@ def _state(value: Any, rows: int) -> Tensor | None:
 
 def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], Tensor]:
     """Seeds and keys of all rows; a row without a seed gets a fresh one from the operating system."""
-    one = len(packed.seeds) == 1
+    given = packed.seeds * rows if len(packed.seeds) == 1 else packed.seeds
     if packed.all_seeded:
-        seeds: Any = packed.seeds * rows if one else packed.seeds
-        return seeds, packed.keys
-    given = packed.seeds * rows if one else packed.seeds
-    new = array("Q", os.urandom(8 * rows))
-    made = tuple(fresh >> (64 - SEED_BITS) if s is None else s for s, fresh in zip(given, new, strict=True))
+        return given, packed.keys  # type: ignore[return-value]  # none is None
+    new = memoryview(os.urandom(8 * rows)).cast("Q")
+    made = tuple([n >> (64 - SEED_BITS) if s is None else s for s, n in zip(given, new, strict=True)])
     return made, keys_of(made)
 
 
@@ -275,7 +272,8 @@ def sample(
             params = SamplingParams()
         elif rows == 1:
             params = params[0]
-    need = needs_of(need)
+    if need != ():
+        need = needs_of(need)
     if on_bad_row not in (None, "raise", "flag"):
         raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
     packed = pack(params)
@@ -284,10 +282,10 @@ def sample(
     past = history_of(history, packed.settings, rows, vocabulary)
     seeds, keys = _seed_rows(packed, rows)
     draw = Draw(keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion"))
-    mask, start = mask_of(allowed_mask, rows, vocabulary, logits.device), _state(state, rows)
+    mask = None if allowed_mask is None else mask_of(allowed_mask, rows, vocabulary, logits.device)
+    start = None if state is None else _state(state, rows)
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
-    policy = on_bad_row if on_bad_row is not None else ("raise" if logits.device.type == "cpu" else "flag")
-    if policy == "raise" and (bad is None or bad > 0):
+    if bad != 0 and (on_bad_row or ("raise" if logits.is_cpu else "flag")) == "raise":
         raise_on_bad(chosen.status)
     chosen.seeds = seeds
     return chosen
