@@ -6,3 +6,4 @@
 #include "sampling_kept.hpp"
 #include "sampling_stages.hpp"
 #include "sampling_draw.hpp"
+#include "sampling_chain.hpp"

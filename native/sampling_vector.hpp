@@ -140,7 +140,8 @@ inline uint64_t low_lanes(const uint16_t* lanes, uint16_t limit) {
     for (int j = 0; j < 64; j += 32) {
         const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + j));
         const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes + j + 16));
-        const __m256i c = _mm256_cmpeq_epi16(_mm256_min_epu16(a, most), a), d = _mm256_cmpeq_epi16(_mm256_min_epu16(b, most), b);
+        const __m256i c = _mm256_cmpeq_epi16(_mm256_min_epu16(a, most), a);
+        const __m256i d = _mm256_cmpeq_epi16(_mm256_min_epu16(b, most), b);
         const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(c, d), 0xD8);
         out |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(both))} << j;
     }
@@ -163,7 +164,8 @@ inline void leading_bounds(const Place& at, const uint32_t* ids, int64_t count, 
         uint32_t own[kGroup] = {};
         std::copy_n(ids + begin, n, own);
         uint32_t c0[kGroup], c1[kGroup], c2[kGroup], c3[kGroup];
-        for (int i = 0; i < kGroup; ++i) c0[i] = own[i] >> 3, c1[i] = at.position, c2[i] = at.completion, c3[i] = at.purpose;
+        for (int i = 0; i < kGroup; ++i)
+            c0[i] = own[i] >> 3, c1[i] = at.position, c2[i] = at.completion, c3[i] = at.purpose;
         uint32_t k0 = static_cast<uint32_t>(at.key), k1 = static_cast<uint32_t>(at.key >> 32);
         for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1)
             for (int i = 0; i < kGroup; ++i) {

@@ -75,7 +75,9 @@ struct Vector16Portable {
     static F mul_add(const F& a, const F& b, const F& c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
     static F max(const F& a, const F& b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
     static F exp(const F& a) { return each([&](int i) { return exp_of(a.v[i]); }); }
-    static F exp_linear(const F& a, const F& slope) { return each([&](int i) { return exp_linear_of(a.v[i], slope.v[i]); }); }
+    static F exp_linear(const F& a, const F& slope) {
+        return each([&](int i) { return exp_linear_of(a.v[i], slope.v[i]); });
+    }
     static M kept(const uint16_t* lanes, uint16_t threshold) {
         M out;
         for (int i = 0; i < 16; ++i) out.v[i] = lanes[i] >= threshold;
