@@ -33,7 +33,7 @@ from twodice.kernels.sampling_settings import Past, Sampled
 from twodice.sampling.arrays import returned, tensor_of
 from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
-from twodice.sampling.sample import History, coordinate, history_of, needs_of, raise_on_bad, sample
+from twodice.sampling.sample import History, coordinate, history_of, needs_of, raise_on_bad, sample, state_of
 
 
 @dataclass(slots=True)
@@ -216,14 +216,8 @@ def verify(
         )
         return returned(found, logits)
     call = _checked(logits, draft_tokens, params, position, history, completion, allowed_mask, need)
-    start = (
-        None if state is None else tensor_of("state", state, numbers=torch.float64).to("cpu", torch.float64)
-    )
-    if start is not None and start.shape != (len(call.params),):
-        raise ShapeError(
-            f"state must be one number a row, ({len(call.params)},); got shape {tuple(start.shape)}"
-        )
     rows, width = logits.shape[:2]
+    start = state_of(state, rows, call.packed.settings.has_state)
     out = {"tokens": torch.full((rows, width), -1, dtype=torch.int64),
            "status": torch.zeros((rows, width), dtype=torch.int32)}  # fmt: skip
     for name in call.need:

@@ -38,6 +38,16 @@ def test_a_state_that_was_a_list_in_between_loses_no_bit() -> None:
     assert found.state is not None and found.state.tolist() == [6.1]
 
 
+def test_a_loop_gives_back_the_state_when_the_row_that_had_it_has_left() -> None:
+    x, plain, moves = torch.zeros(2, 64), SamplingParams(seed=1), SamplingParams(seed=2, mirostat_tau=2.0)
+    mixed = sample(x, [plain, moves], 0)
+    assert mixed.state is not None and mixed.state.isnan().tolist() == [True, False]
+    alone = sample(x[:1], plain, 1, state=mixed.state[:1])
+    assert alone.state is None
+    again = sample(x[:1], plain, 2, state=alone.state)
+    assert torch.equal(again.tokens, sample(x[:1], plain, 2).tokens)
+
+
 def test_a_seeded_row_gives_the_same_token_alone_among_any_neighbours_and_at_any_place() -> None:
     x = logits_of(24, 300)
     params = [SamplingParams(seed=i, top_k=[None, 5, 50][i % 3], top_p=[None, 0.9][i % 2]) for i in range(24)]
