@@ -152,22 +152,13 @@ def verify(
         tokens.
     draft_tokens : (R, D) integers
         What the draft proposes; a shorter draft ends in -1. Where it came from does not matter.
-    params : SamplingParams, or one a row
-        As for `sample`, each with a seed.
-    position : int or (R,) integers
-        Place of ``draft_tokens[:, 0]`` in its sequence, the prompt counted.
-    history : (ids, offsets, prompt_lengths), optional
-        As for `sample`, without the draft: each place of a draft sees the drafted tokens before it too.
-    completion : int or (R,) integers
-        As for `sample`.
+    params, position, history, completion, state, need, on_bad_row
+        As for `sample`: a seed in every row, the position of ``draft_tokens[:, 0]``, the history without the
+        draft (each place sees the drafted tokens before it too). Rows with a `state` are drawn place by
+        place, for it moves with every token. ``kept`` cannot be had. A bad row counts only where the text
+        comes to it: what is behind a wrong token does not.
     allowed_mask : (R, D + 1, ceil(V / 32)) int32 tensor, optional
         As for `sample`, one for each place: a grammar that has gone on through the draft.
-    state : (R,) float64 tensor, optional
-        Mirostat's. It moves with every token, so rows that have it are drawn place by place.
-    need : names of `Sampled` fields
-        What else to return of each new token; ``kept`` cannot be had here.
-    on_bad_row : "raise" or "flag"
-        As for `sample`. Only a row that a text reaches counts: what is behind a wrong token does not.
 
     Returns
     -------

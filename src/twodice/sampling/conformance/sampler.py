@@ -151,10 +151,9 @@ def as_sampler(function: Function, name: str | None = None, offers: Sequence[str
 
 
 def _functions(owner: Any) -> list[str]:
-    """The public functions of a module or a class; nothing is loaded that has not been, as `getattr` would."""
-    found = {
-        name: inspect.getattr_static(owner, name, None) for name in dir(owner) if not name.startswith("_")
-    }
+    """The public functions of a module or a class; looking at them loads nothing more."""
+    public = [name for name in dir(owner) if not name.startswith("_")]
+    found = {name: inspect.getattr_static(owner, name, None) for name in public}
     return [name for name, one in found.items() if callable(one) and not inspect.isclass(one)]
 
 
