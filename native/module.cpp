@@ -10,6 +10,7 @@ void bind_sampling(nb::module_&);
 
 NB_MODULE(_native, m) {
     m.doc() = "Native kernels of twodice; each has a readable twin in twodice.kernels and twodice.random.";
+    m.attr("sources") = TWODICE_SOURCES;  // their digest, by CMakeLists.txt
     bind_attention(m);
     bind_dropout(m);
     bind_gaussian(m);

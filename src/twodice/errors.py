@@ -46,7 +46,10 @@ class Interrupted(TwodiceError, RuntimeError):
     """Work that was asked to stop; its state is saved and the same command goes on from there."""
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the option nearest to `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+def nearest(name: str, options: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return ``"; did you mean 'x'?"`` for the option nearest to `name`, or an empty string.
+
+    `cutoff` is how like it must be, in [0, 1]: near 1 where the options are many and not ours.
+    """
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -224,10 +226,10 @@ def mask(number: int, rows: int, vocabulary: int) -> Tensor | None:
     return torch.from_numpy(words.astype(np.int32))
 
 
-def state(number: int, rows: int, vocabulary: int) -> Tensor | None:
-    """Mirostat's mu for some numbers, a new start in some rows."""
-    if number % 3 == 0:
+def state(number: int, params: Sequence[SamplingParams], vocabulary: int) -> Tensor | None:
+    """Mirostat's mu for some numbers, a new start in some rows; None where no row has it."""
+    if number % 3 == 0 or all(one.mirostat_tau is None for one in params):
         return None
     generator = np.random.default_rng((number, vocabulary, 4))
-    mu = generator.choice([np.nan, -1.0, 0.5, 4.0, 30.0], size=rows)
+    mu = generator.choice([np.nan, -1.0, 0.5, 4.0, 30.0], size=len(params))
     return torch.from_numpy(mu)

@@ -9,15 +9,28 @@ changes speed only, never a bit. This module knows no operation and no torch.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import logging
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from twodice.errors import BackendError, nearest
 
 MODES = ("auto", "native", "reference")
+
+
+def _sources() -> str | None:
+    """The digest of what the native module is built from, as CMakeLists.txt takes it; None if installed."""
+    package = Path(__file__).parents[1]
+    root = package.parents[1]
+    if package.parent.name != "src" or not (root / "native" / "module.cpp").is_file():
+        return None  # a wheel holds the module of its own sources
+    files = [root / "CMakeLists.txt", *root.glob("native/*.[ch]pp")]
+    digests = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256(";".join(digests).encode()).hexdigest()
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -28,16 +41,21 @@ def _load() -> tuple[ModuleType | None, str]:
         )
     if mode == "reference":
         return None, "TWODICE_KERNELS=reference asks for the readable twins"
+    cause: ImportError | None = None
     try:
         from twodice import _native  # type: ignore[attr-defined]
     except ImportError as error:
+        cause = error
         detail = "" if importlib.util.find_spec("twodice._native") is None else f": {error}"
         why = f"the native module is not there{detail}; install with a C++17 compiler at hand"
+    else:
+        sources = _sources()
+        old = sources is not None and getattr(_native, "sources", None) != sources
+        why = "the native module is older than the source; build it again (make native)" if old else ""
+    if why:
         if mode == "native":
-            raise BackendError(f"TWODICE_KERNELS=native, but {why}") from error
+            raise BackendError(f"TWODICE_KERNELS=native, but {why}") from cause
         return None, why
-    if not hasattr(_native, "simd"):
-        return None, "the native module is older than the source; build it again (make native)"
     if level := os.environ.get("TWODICE_SIMD"):
         set_simd(_native, level)
     return _native, f"native module, {_native.simd()} instructions"

@@ -10,7 +10,7 @@ Letters: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum, IntFlag
 from typing import Any
 
@@ -245,3 +245,7 @@ class Sampled:
     entropy: Tensor | None = None
     temperature_entropy: Tensor | None = None
     state: Tensor | None = None
+
+    def __repr__(self) -> str:
+        told = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"Sampled({', '.join(f'{name}={value!r}' for name, value in told if value is not None)})"

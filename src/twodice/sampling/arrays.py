@@ -91,7 +91,11 @@ def _leave(like: Any) -> Leave:
 
 
 def returned(result: Result, like: Any) -> Result:
-    """`result`, a dataclass of tensors, with each as an array of the kind of `like`."""
+    """`result`, a dataclass of tensors, with each as an array of the kind of `like`.
+
+    But for a `state` that this kind would round, as JAX does without x64: it decides the next token, which
+    must be that of any other kind, so it comes as a NumPy array.
+    """
     leave = _leave(like)
 
     def converted(value: Any) -> Any:
@@ -104,5 +108,9 @@ def returned(result: Result, like: Any) -> Result:
         return value
 
     for field in fields(result):  # type: ignore[arg-type]
-        setattr(result, field.name, converted(getattr(result, field.name)))
+        value = getattr(result, field.name)
+        found = converted(value)
+        if field.name == "state" and value is not None and "float64" not in str(found.dtype):
+            found = value.cpu().numpy()
+        setattr(result, field.name, found)
     return result

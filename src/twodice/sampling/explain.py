@@ -27,7 +27,7 @@ from twodice.sampling.explanation import Edit, Explanation, Named, Stage
 from twodice.sampling.fields import FIELDS, is_off
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.profiles import SWITCH
-from twodice.sampling.sample import History, history_of, mask_of, sample
+from twodice.sampling.sample import History, history_of, mask_of, sample, state_of
 
 EDITS = ("logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "repetition_penalty",
          "frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "dry_multiplier")  # fmt: skip
@@ -145,11 +145,12 @@ def explain(
             raise ConfigError(f"{name} must be an integer, for there is one row; got {one!r}")
     if isinstance(state, int | float):
         state = torch.tensor([state], dtype=torch.float64)
+    state = state_of(state, 1, "mirostat" in params.stages)
 
     def draw(settings: SamplingParams, *need: str, mask: Any = None) -> Sampled:
         return sample(
             row, settings, position, history=history, completion=completion, allowed_mask=mask,
-            state=state, need=need, on_bad_row="raise",
+            state=state if "mirostat" in settings.stages else None, need=need, on_bad_row="raise",
         )  # fmt: skip
 
     full = draw(params, "logprob", "raw_logprob", "rank", "kept", "kept_mass", "entropy", mask=allowed_mask)

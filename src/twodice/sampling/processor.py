@@ -239,9 +239,11 @@ def processor(
 
     A processor goes on with a text for as long as each call brings the ids of the last and one token more;
     anything else begins a new text (with new seeds where none were given, and mirostat from its start).
-    Beams and assisted generation move rows or take tokens back, and are not served. A row that has ended is
-    drawn on by ``generate`` until all have: where a row's settings can leave it nothing behind its end token
-    (few `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
+    Beams and assisted generation move rows or take tokens back, and are not served. ``generate`` does not
+    tell a processor of beams, and those of one prompt look like its completions: where rows do not move, as
+    with temperature 0, ``num_beams`` above 1 is no error and changes nothing. A row that has ended is drawn
+    on by ``generate`` until all have: where a row's settings can leave it nothing behind its end token (few
+    `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
     """
     if not isinstance(params, SamplingParams):
         params = settings_of(params, "prompt")

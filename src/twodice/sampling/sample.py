@@ -125,7 +125,8 @@ def mask_of(value: Any, rows: int, vocabulary: int, device: torch.device) -> Ten
     return found if found.stride(1) == 1 or words == 1 else found.contiguous()
 
 
-def _state(value: Any, rows: int) -> Tensor | None:
+def state_of(value: Any, rows: int, moves: bool) -> Tensor | None:
+    """Mirostat's state, (R,) float64 on the CPU; `moves` says whether a row has mirostat."""
     if value is None:
         return None
     found = value if isinstance(value, Tensor) else tensor_of("state", value, numbers=torch.float64)
@@ -135,6 +136,11 @@ def _state(value: Any, rows: int) -> Tensor | None:
     if bool(found.isinf().any()):
         raise RequestError(
             f"state must be finite, or NaN to start anew; got {found.tolist()[:8]}: give back Sampled.state"
+        )
+    if not moves and not bool(found.isnan().all()):
+        raise RequestError(
+            f"state is mirostat's, and no row sets mirostat_tau; got {found.tolist()[:8]}: set it, or give "
+            "None or NaN"
         )
     return found.contiguous()
 
@@ -210,7 +216,8 @@ def sample(
     allowed_mask : (R, ceil(V / 32)) int32 tensor, optional
         Bit ``id % 32`` of word ``id // 32`` says whether the id may be drawn, as grammar engines pack it.
     state : (R,) float64 tensor, optional
-        Mirostat's `Sampled.state` of the position before; None, or NaN in a row, starts anew.
+        Mirostat's `Sampled.state` of the position before; None, or NaN in a row, starts anew. A number where
+        no row has mirostat is an error.
     need : names of `Sampled` fields
         What else to return. What is not asked for costs nothing.
     on_bad_row : "raise" or "flag"
@@ -283,7 +290,7 @@ def sample(
     seeds, keys = _seed_rows(packed, rows)
     draw = Draw(keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion"))
     mask = None if allowed_mask is None else mask_of(allowed_mask, rows, vocabulary, logits.device)
-    start = None if state is None else _state(state, rows)
+    start = None if state is None else state_of(state, rows, packed.settings.has_state)
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     if bad != 0 and (on_bad_row or ("raise" if logits.is_cpu else "flag")) == "raise":
         raise_on_bad(chosen.status)

@@ -33,7 +33,7 @@ from twodice.kernels.sampling_settings import Past, Sampled
 from twodice.sampling.arrays import returned, tensor_of
 from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
-from twodice.sampling.sample import History, coordinate, history_of, needs_of, raise_on_bad, sample
+from twodice.sampling.sample import History, coordinate, history_of, needs_of, raise_on_bad, sample, state_of
 
 
 @dataclass(slots=True)
@@ -152,22 +152,13 @@ def verify(
         tokens.
     draft_tokens : (R, D) integers
         What the draft proposes; a shorter draft ends in -1. Where it came from does not matter.
-    params : SamplingParams, or one a row
-        As for `sample`, each with a seed.
-    position : int or (R,) integers
-        Place of ``draft_tokens[:, 0]`` in its sequence, the prompt counted.
-    history : (ids, offsets, prompt_lengths), optional
-        As for `sample`, without the draft: each place of a draft sees the drafted tokens before it too.
-    completion : int or (R,) integers
-        As for `sample`.
+    params, position, history, completion, state, need, on_bad_row
+        As for `sample`: a seed in every row, the position of ``draft_tokens[:, 0]``, the history without the
+        draft (each place sees the drafted tokens before it too). Rows with a `state` are drawn place by
+        place, for it moves with every token. ``kept`` cannot be had. A bad row counts only where the text
+        comes to it: what is behind a wrong token does not.
     allowed_mask : (R, D + 1, ceil(V / 32)) int32 tensor, optional
         As for `sample`, one for each place: a grammar that has gone on through the draft.
-    state : (R,) float64 tensor, optional
-        Mirostat's. It moves with every token, so rows that have it are drawn place by place.
-    need : names of `Sampled` fields
-        What else to return of each new token; ``kept`` cannot be had here.
-    on_bad_row : "raise" or "flag"
-        As for `sample`. Only a row that a text reaches counts: what is behind a wrong token does not.
 
     Returns
     -------
@@ -216,14 +207,8 @@ def verify(
         )
         return returned(found, logits)
     call = _checked(logits, draft_tokens, params, position, history, completion, allowed_mask, need)
-    start = (
-        None if state is None else tensor_of("state", state, numbers=torch.float64).to("cpu", torch.float64)
-    )
-    if start is not None and start.shape != (len(call.params),):
-        raise ShapeError(
-            f"state must be one number a row, ({len(call.params)},); got shape {tuple(start.shape)}"
-        )
     rows, width = logits.shape[:2]
+    start = state_of(state, rows, call.packed.settings.has_state)
     out = {"tokens": torch.full((rows, width), -1, dtype=torch.int64),
            "status": torch.zeros((rows, width), dtype=torch.int32)}  # fmt: skip
     for name in call.need:

@@ -77,7 +77,7 @@ def compare(number: int) -> int:
             completion=completion,
             history=sampling_rows.history(number, rows, vocabulary),
             allowed_mask=sampling_rows.mask(number, rows, vocabulary),
-            state=sampling_rows.state(number, rows, vocabulary),
+            state=sampling_rows.state(number, params, vocabulary),
         )
     )
     return rows
@@ -144,7 +144,7 @@ def test_ten_million_adversarial_rows_give_the_same_tokens() -> None:
         few = rows if not is_large else 128
         params = settings_again(number % 140, few, vocabulary, with_edits=number % 10 == 0)
         logits = sampling_rows.many(number, few, vocabulary)
-        more = {"state": sampling_rows.state(number, few, vocabulary)}
+        more = {"state": sampling_rows.state(number, params, vocabulary)}
         if number % 10 == 0:
             more |= {"history": sampling_rows.history(number, few, vocabulary)}
         call = lambda: sample(logits, params, number, need=("rank",), on_bad_row="flag", **more)  # noqa: B023, E731

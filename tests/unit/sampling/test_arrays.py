@@ -40,6 +40,13 @@ class Standard(Foreign):
         return types.SimpleNamespace(from_dlpack=lambda tensor: Standard(torch.from_dlpack(tensor)))
 
 
+class Rounding(Foreign):
+    """The same of a library without 64 bits, as JAX is without x64."""
+
+    def __array_namespace__(self) -> Any:
+        return types.SimpleNamespace(from_dlpack=lambda tensor: tensor.float().numpy())
+
+
 def logits_of(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
 
@@ -140,6 +147,25 @@ def test_jax_in_and_jax_out() -> None:
         wanted = sample(torch.from_dlpack(x), PARAMS[0], 3, history=PAST)
         assert isinstance(found.tokens, jax.Array) and isinstance(found.logprob, jax.Array)
         assert np.asarray(found.tokens).tolist() == wanted.tokens.tolist()
+
+
+def test_a_state_that_jax_would_round_comes_as_numpy_and_goes_on_to_the_bit() -> None:
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(logits_of().numpy())
+    ours = theirs = None
+    for position in range(20):
+        found = sample(x, MIRO, position, state=ours)
+        wanted = sample(torch.from_dlpack(x), MIRO, position, state=theirs)
+        ours, theirs = found.state, wanted.state
+        assert isinstance(ours, np.ndarray) and ours.tolist() == theirs.tolist()
+        assert isinstance(found.tokens, jax.Array) and found.tokens.tolist() == wanted.tokens.tolist()
+
+
+def test_a_state_is_not_rounded_by_a_library_without_64_bits() -> None:
+    found = sample(Rounding(logits_of()), MIRO, 0, need=("logprob",))
+    wanted = sample(logits_of(), MIRO, 0)
+    assert found.logprob.dtype == np.float32, "as this library has it"
+    assert found.state.dtype == np.float64 and found.state.tolist() == wanted.state.tolist()
 
 
 def test_tensorflow_in_and_tensorflow_out() -> None:

@@ -128,6 +128,11 @@ def test_a_sampler_written_row_by_row_is_judged_like_a_fast_one() -> None:
         ),
         ("no.such.module:f", "can be imported; 'no.such.module' gave ModuleNotFoundError"),
         ("math:sqroot", "there is no 'sqroot'; did you mean 'sqrt'?"),
+        ("torch:nothing", "there is no 'nothing'"),
+        ("torch:tesnor", "there is no 'tesnor'; did you mean 'tensor'?"),  # and not the class Tensor
+        ("json:decode", "there is no 'decode'"),  # decoder is a module
+        ("json:JSONDecode", "there is no 'JSONDecode'"),  # JSONDecoder is a class
+        ("json:JSONEncoder.encoed", "there is no 'encoed'; did you mean 'encode'?"),
         ("math:pi", "a sampler must be a function; math:pi is float"),
         ("json:dumps", "a sampler must take (logits, rows); json:dumps is defined as dumps(obj, *"),
         (":f", "module:function"),
@@ -137,6 +142,7 @@ def test_a_sampler_that_cannot_be_meant_is_a_clear_error(text: str, says: str) -
     with pytest.raises(ConfigError) as caught:
         load(text)
     assert says in str(caught.value) and len(str(caught.value)) < 240
+    assert "did you mean" in says or "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -36,6 +38,25 @@ def test_a_state_that_was_a_list_in_between_loses_no_bit() -> None:
     params = SamplingParams(mirostat_tau=2.0, mirostat_eta=0.0, seed=0)
     found = sample(torch.zeros(1, 64), params, 0, state=[6.1])
     assert found.state is not None and found.state.tolist() == [6.1]
+
+
+def test_what_was_not_asked_for_is_not_printed() -> None:
+    x = torch.tensor([[0.0, 9.0]])
+    assert repr(sample(x, SamplingParams(temperature=0, seed=5), 0)) == (
+        "Sampled(tokens=tensor([1]), status=tensor([0], dtype=torch.int32), seeds=(5,))"
+    )
+    asked = repr(sample(x, SamplingParams(seed=5, mirostat_tau=2.0), 0, need=("rank",)))
+    assert re.findall(r"(\w+)=(?!torch)", asked) == ["tokens", "status", "seeds", "rank", "state"]
+
+
+def test_a_loop_gives_back_the_state_when_the_row_that_had_it_has_left() -> None:
+    x, plain, moves = torch.zeros(2, 64), SamplingParams(seed=1), SamplingParams(seed=2, mirostat_tau=2.0)
+    mixed = sample(x, [plain, moves], 0)
+    assert mixed.state is not None and mixed.state.isnan().tolist() == [True, False]
+    alone = sample(x[:1], plain, 1, state=mixed.state[:1])
+    assert alone.state is None
+    again = sample(x[:1], plain, 2, state=alone.state)
+    assert torch.equal(again.tokens, sample(x[:1], plain, 2).tokens)
 
 
 def test_a_seeded_row_gives_the_same_token_alone_among_any_neighbours_and_at_any_place() -> None:

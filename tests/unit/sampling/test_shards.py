@@ -66,7 +66,7 @@ def compare(number: int) -> int:
         "allowed_mask": sampling_rows.mask(number, rows, vocabulary),
     }
     need = ((), ("rank", "kept"), NEEDS, ("logprob", "entropy"), ("raw_logprob",), ("kept_mass",))[number % 6]
-    state = sampling_rows.state(number, rows, vocabulary)
+    state = sampling_rows.state(number, params, vocabulary)
     parts = split(x, cuts_of(number, vocabulary), params, position, need=need, **more)
     found = merge_shards(parts[::-1], params, position, state=state, need=need, on_bad_row="flag", **more)
     whole = sample(x, params, position, state=state, need=need, on_bad_row="flag", **more)

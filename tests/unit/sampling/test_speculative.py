@@ -34,7 +34,8 @@ def plainly(
     while len(found["tokens"]) < 5:
         drawn = sample(
             row[None], params, len(text), history=past_of([text], [prompt]), completion=completion,
-            state=mu, need=FIELDS, on_bad_row="flag", allowed_mask=None if mask is None else mask[None],
+            state=mu if "mirostat" in params.stages else None, need=FIELDS, on_bad_row="flag",
+            allowed_mask=None if mask is None else mask[None],
         )  # fmt: skip
         mu = mu if drawn.state is None else drawn.state
         for name in ("tokens", "status", *FIELDS):
@@ -55,7 +56,7 @@ def compare(number: int) -> int:
     settings = sampling_rows.settings(number, rows, vocabulary)
     ids, offsets, prompts = sampling_rows.history(number, rows, vocabulary)
     mask = sampling_rows.mask(number, rows, vocabulary)
-    start = sampling_rows.state(number, rows, vocabulary)
+    start = sampling_rows.state(number, settings, vocabulary)
     texts = [ids[a:b].tolist() for a, b in itertools.pairwise(offsets.tolist())]
     draft = torch.full((rows, 4), -1)
     logits = torch.zeros(rows, 5, vocabulary, dtype=table.dtype)

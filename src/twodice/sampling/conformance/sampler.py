@@ -150,6 +150,13 @@ def as_sampler(function: Function, name: str | None = None, offers: Sequence[str
     return Sampler(function, name, _offers(function, offers))
 
 
+def _functions(owner: Any) -> list[str]:
+    """The public functions of a module or a class; looking at them loads nothing more."""
+    public = [name for name in dir(owner) if not name.startswith("_")]
+    found = {name: inspect.getattr_static(owner, name, None) for name in public}
+    return [name for name, one in found.items() if callable(one) and not inspect.isclass(one)]
+
+
 def load(text: str, offers: Sequence[str] | None = None) -> Sampler:
     """The sampler that ``module:function`` names; ``twodice`` and ``transformers`` name the adapters here.
 
@@ -178,7 +185,8 @@ def load(text: str, offers: Sequence[str] | None = None) -> Sampler:
     for name in path.split("."):
         if not hasattr(value, name):
             raise ConfigError(
-                f"--sampler must name a function of {module}; there is no {name!r}{nearest(name, dir(value))}"
+                f"--sampler must name a function of {module}; there is no {name!r}"
+                f"{nearest(name, _functions(value), cutoff=0.75)}"
             )
         value = getattr(value, name)
     return as_sampler(value, text, offers)
