@@ -71,7 +71,9 @@ def keys_of(seeds: Iterable[int]) -> Tensor:
     """The same of R seeds in [-2^63, 2^64): (R,) int64 of the keys' bits."""
     parents = tuple(seeds)
     if dispatch.native is None:
-        return torch.from_numpy(np.array([key_of(seed % 2**64) for seed in parents], np.uint64).view(np.int64))
+        return torch.from_numpy(
+            np.array([key_of(seed % 2**64) for seed in parents], np.uint64).view(np.int64)
+        )
     keys = torch.empty(len(parents), dtype=torch.int64)
     dispatch.native.child_keys(parents, _NAME, keys.data_ptr())
     return keys
@@ -164,9 +166,11 @@ class Packs:
     def __call__(self, params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
         """Pack settings for the kernels; kept, because a text is many calls with the same settings."""
         with self._lock:
-            found = self._kept.get(params)
+            # Put back under what came: the next call of a text brings the same objects, which need no
+            # comparison, while equal settings that are other objects are compared field by field.
+            found = self._kept.pop(params, None)
             if found is not None:
-                self._kept.move_to_end(params)
+                self._kept[params] = found
                 return found
         made = _made(params)
         with self._lock:

@@ -86,3 +86,17 @@ def test_a_generation_config_that_asks_for_nothing_we_lack() -> None:
     assert from_generation_config(asked) == SamplingParams()
     with pytest.raises(ConfigError, match="forced_eos_token_id"):
         from_generation_config({"forced_eos_token_id": 0})
+
+
+def test_equal_settings_of_other_objects_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    packs = Packs(1 << 16)
+    rows = lambda: tuple(SamplingParams(seed=i) for i in range(8))  # noqa: E731
+    first = packs(rows())
+    compared = []
+    equal = SamplingParams.__eq__
+    monkeypatch.setattr(
+        SamplingParams, "__eq__", lambda self, other: compared.append(self) or equal(self, other)
+    )
+    others = rows()
+    assert packs(others) is first and len(compared) == 8
+    assert packs(tuple(others)) is packs(tuple(list(others))) is first and len(compared) == 8
