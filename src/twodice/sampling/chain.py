@@ -5,7 +5,6 @@ The file knows the names of settings and the codes of stages; it knows no logits
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,7 +159,7 @@ class Packs:
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0
-        self._kept: OrderedDict[Any, Packed] = OrderedDict()
+        self._kept: dict[Any, Packed] = {}  # the one used longest ago stands first
         self._lock = Lock()
 
     def __call__(self, params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
@@ -178,7 +177,7 @@ class Packs:
                 self._kept[params] = made
                 self.held += made.size
                 while self.held > self.most:
-                    self.held -= self._kept.popitem(last=False)[1].size
+                    self.held -= self._kept.pop(next(iter(self._kept))).size
         return made
 
 
