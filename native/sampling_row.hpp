@@ -198,7 +198,13 @@ class Row {
     }
 
     void read(int64_t from, int64_t to, bool& bad) {
-        for (int64_t b = from; b < to; ++b) maxima()[b] = block_maximum(b, bad);
+        F* const out = maxima().data();
+        if (as_it_lies_) {
+            const F* const x = reinterpret_cast<const F*>(start_);
+            for (int64_t b = from; b < to; ++b) out[b] = block_max<F>(x + b * kBlock, block_end(b) - b * kBlock, bad);
+            return;
+        }
+        for (int64_t b = from; b < to; ++b) out[b] = block_maximum(b, bad);
     }
 
     // The memory of a block, to be asked for; behind the last one there may be the next row.
@@ -255,7 +261,6 @@ class Row {
 
     F block_maximum(int64_t b, bool& bad) {
         const int64_t begin = b * kBlock, count = block_end(b) - begin;
-        if (as_it_lies_) return block_max<F>(reinterpret_cast<const F*>(start_) + begin, count, bad);
         if (!joined_) {  // is not gathered twice
             widen<F>(in_, start_, begin, count, values() + begin);
             s_.held[b] = 1;
