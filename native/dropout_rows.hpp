@@ -186,7 +186,7 @@ struct Avx2 {
 };
 
 struct Avx512 {
-    static constexpr int kStep = 32, kLanes = 128;  // 128: two chains side by side, since one waits for its products
+    static constexpr int kStep = 32, kLanes = 256;  // 256: four chains side by side, since one waits for its products
     using Keys = KeysAvx512;
     TWODICE_AVX512 TWODICE_INLINE static void spread(const Run& run, Keys& keys) { spread_keys(run, keys); }
     template <int Groups>
@@ -352,7 +352,7 @@ struct Neon {
             Isa::template select<T, Add, Stream>(lanes + i, x + i, residual + i, y + i, rate);                         \
         if (i < n) rest_##Isa<T, Add>(lanes + i, x + i, residual + i, y + i, n - i, rate);                             \
     }                                                                                                                  \
-    /* n contiguous elements from counter c0 on: lanes are made 128 or 64 at a time and used at once. */               \
+    /* n contiguous elements from counter c0 on: lanes are made 256 or 64 at a time and used at once. */               \
     template <class T, bool Add, bool Stream>                                                                          \
     TARGET INLINE void dense_##Isa(const Run& run, const Isa::Keys& keys, uint32_t c0, const T* x, const T* residual,  \
                                    T* y, int64_t n, const Rate& rate) {                                                \
