@@ -64,6 +64,10 @@ class Row {
         if (penalties.lower() && std::find(s_.held.begin(), s_.held.end(), 1) == s_.held.end()) return;
         for (int64_t b = 0; b < block_count(); ++b) {
             if (!waits(b) || (!holds(b) && penalties.lower())) continue;
+            if (maxima()[b] == -INFINITY) {  // stays what it is, and a grammar leaves little else
+                s_.first_waiting[b] = -1;
+                continue;
+            }
             hold(b);
             if (waits(b)) penalise(b);  // was held before
         }
