@@ -109,11 +109,11 @@ def native(
 
 def history_fits(past: Past, vocabulary: int) -> bool:
     """Whether offsets rise from 0 to the number of ids, ids are in the vocabulary, prompts fit their rows."""
-    rows = len(past.offsets) - 1
+    rows, count = past.offsets.shape[0] - 1, past.ids.shape[0]
     if dispatch.native is not None:
         fits: bool = dispatch.native.history_fits(
             past.ids.data_ptr(),
-            len(past.ids),
+            count,
             past.offsets.data_ptr(),
             _pointer(past.prompts),
             rows,
@@ -124,7 +124,7 @@ def history_fits(past: Past, vocabulary: int) -> bool:
     wrong = (past.ids < 0).any() | (past.ids >= vocabulary).any() | (lengths < 0).any()
     if past.prompts is not None:
         wrong |= ((past.prompts < 0) | (past.prompts > lengths)).any()
-    return not wrong and bool(past.offsets[0] == 0) and int(past.offsets[-1]) == len(past.ids)
+    return not wrong and bool(past.offsets[0] == 0) and int(past.offsets[-1]) == count
 
 
 def choose(

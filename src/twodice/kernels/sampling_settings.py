@@ -178,7 +178,8 @@ class Settings:
         return self.ids[int(row[f"{name}_begin"]) : int(row[f"{name}_end"])]
 
 
-@dataclass(frozen=True, slots=True)
+# The next two are made at every call, and a frozen one costs as much again as all else of its making.
+@dataclass(slots=True)
 class Past:
     """What the rows have seen: row i has ``ids[offsets[i]:offsets[i + 1]]``, int64, the prompt first.
 
@@ -190,7 +191,7 @@ class Past:
     prompts: Tensor | None
 
 
-@dataclass(slots=True)  # not frozen: that costs a call as much as the rest of its making
+@dataclass(slots=True)
 class Draw:
     """Where the noise of R rows stands: int64 bits of keys, and coordinates, a row each or one for all."""
 

@@ -52,6 +52,8 @@ def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
 
 
 def _integers(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.is_cpu and value.dtype == torch.int64 and value.is_contiguous():
+        return value  # as engines keep it: no microsecond for nothing
     found = value if isinstance(value, Tensor) else tensor_of(f"the {name} of history", value)
     if found.numel() and (found.dtype.is_floating_point or found.dtype == torch.bool):
         raise ShapeError(f"the {name} of history must be integers; got {found.dtype}")
