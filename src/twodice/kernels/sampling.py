@@ -18,6 +18,7 @@ from torch import Tensor
 from twodice.kernels import dispatch
 from twodice.kernels.sampling_reference import reference
 from twodice.kernels.sampling_settings import NEEDS, Draw, Past, Sampled, Settings
+from twodice.random import noise
 
 _TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float64: (3, 8)}
 _WORTH_A_THREAD = 131072  # values; below, a second thread costs more than it saves
@@ -105,6 +106,22 @@ def native(
     ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
     out.kept = (offsets, ids)
     return out, bad
+
+
+def gumbel(ids: Tensor, position: int | Tensor, completion: int | Tensor, keys: Tensor) -> Tensor:
+    """The Gumbel noise of tokens, float64; ids (int64), coordinates and bits of keys are broadcast."""
+    if dispatch.native is None:
+        return noise.gumbel(ids, position, completion, noise.PURPOSE_TOKEN, keys)
+    ids, keys = torch.broadcast_tensors(ids, keys)
+    place = torch.empty((*ids.shape, 4), dtype=torch.int64)
+    for i, one in enumerate((ids, position, completion, noise.PURPOSE_TOKEN)):
+        place[..., i] = one
+    keys, uniforms = keys.contiguous(), torch.empty_like(place[..., 0])
+    found = torch.empty(ids.shape, dtype=torch.float64)
+    dispatch.native.gumbel_draws(
+        place.data_ptr(), found.numel(), keys.data_ptr(), uniforms.data_ptr(), found.data_ptr()
+    )
+    return found
 
 
 def history_fits(past: Past, vocabulary: int) -> bool:

@@ -21,7 +21,7 @@ all ids of the shard, up to rounding. The row's highest token scores at least -3
 so the ids that count lie within 49 of the top, where that rounding stays below 1e-13.
 
 For "none" the kernel draws twice on the shard, the second time without the first winner. Where the two
-scores are that near, about once in a billion rows, torch computes the scores of all ids.
+scores are that near, about once in a billion rows, the scores of all ids are computed.
 
 Letters: R rows, V vocabulary, n ids of a shard.
 """
@@ -38,12 +38,11 @@ import torch
 from torch import Tensor
 
 from twodice.errors import ConfigError, RequestError, ShapeError
-from twodice.kernels.sampling import choose
+from twodice.kernels.sampling import choose, gumbel
 from twodice.kernels.sampling_edit import edit
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, Draw, Past, Rule, Sampled, Settings, Stage
-from twodice.random import noise
 from twodice.sampling.arrays import FLOATS, tensor_of
-from twodice.sampling.chain import Packed, each_row, pack
+from twodice.sampling.chain import each_row, pack
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import History, coordinate, history_of, ids_beyond, mask_of, needs_of, sample
 
@@ -174,23 +173,17 @@ def shard_candidates(
     where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
     raw = shard.to("cpu", torch.float64 if shard.dtype == torch.float64 else torch.float32)
     edited = _edited(raw, settings, past, mask, begin, vocabulary)
-    living = raw if "raw_logprob" in asked else edited
-    sent = living > -torch.inf
-    if rows and n:
-        _narrow(sent, edited, packed, set(asked), begin, where, which)
-        for x in (raw,) if edited is raw else (raw, edited):
-            # A row that cannot be served says so in the merge too; the maximum is NaN where one logit is.
-            bad = (~(x.amax(1) < torch.inf)).nonzero()[:, 0]
-            sent[bad] |= ~(x[bad] < torch.inf)
-    offsets = torch.zeros(rows + 1, dtype=torch.int64)
-    offsets[1:] = sent.sum(1).cumsum(0)
+    counts = _what_counts(raw, edited, given, frozenset(asked), Draw(packed.keys, where, which), begin)
+    offsets = torch.searchsorted(counts, torch.arange(rows + 1) * n)
+    row = torch.repeat_interleave(torch.arange(rows), offsets.diff())
+    column = counts - row * n
     return ShardCandidates(
         begin,
         begin + n,
         vocabulary,
         offsets,
-        sent.nonzero()[:, 1] + begin,
-        raw[sent],
+        column + begin,
+        raw[row, column],
         asked,
         _call(given, where, which),
     )
@@ -208,54 +201,95 @@ def _edited(
     return edit(whole, settings, past, mask)[:, begin : begin + raw.shape[1]]
 
 
-def _first_filter(row: Any, asked: set[str]) -> tuple[Stage | Literal["all", "none"], float]:
-    """The stage that decides what a shard sends, and the temperature before it."""
+@lru_cache(maxsize=4096)
+def _first_filter(params: SamplingParams, asked: frozenset[str]) -> dict[str, Any]:
+    """The row of settings (see `Settings.pack`) that leaves what a shard sends; none where that is all."""
+    row = pack(params).settings.rows[0]
     stages = [Stage(code) for code in row["stages"] if code]
     if asked & _SUMS or (Stage.TOP_P in stages and row["rules"] & Rule.JOINT):
-        return "all", 1.0
-    temperature = 1.0
+        return {}
+    temperature = {"temperature": 1.0}
     for stage in stages:
-        if stage in (Stage.GREEDY, Stage.TOP_K, Stage.MIN_P):
-            return stage, temperature
+        if stage == Stage.GREEDY:  # all of its ties, of which the merge takes one
+            return {"stages": (Stage.MIN_P,), "log_min_p": 0.0}
+        if stage == Stage.TOP_K:
+            return {"stages": (Stage.TOP_K,), "top_k": int(row["top_k"]), "rules": int(Rule.TIES_AT_K)}
+        if stage == Stage.MIN_P:  # the row's top is not below ours, so its z is not above ours
+            return {
+                "stages": (Stage.TEMPERATURE, Stage.MIN_P),
+                "log_min_p": float(row["log_min_p"]),
+                **temperature,
+            }
         if stage != Stage.TEMPERATURE:
-            return "all", temperature
-        temperature = float(row["temperature"])
-    return ("all" if asked & _KEPT else "none"), temperature
+            return {}
+        temperature = {"temperature": float(row["temperature"])}
+    return {} if asked & _KEPT else {"stages": (Stage.TEMPERATURE,), **temperature}
 
 
-def _narrow(
-    sent: Tensor,
-    x: Tensor,
-    packed: Packed,
-    asked: set[str],
+def _what_counts(
+    raw: Tensor,
+    edited: Tensor,
+    given: Sequence[SamplingParams],
+    asked: frozenset[str],
+    draw: Draw,
     begin: int,
-    position: int | Tensor,
-    completion: int | Tensor,
-) -> None:
-    """Take out of `sent` what cannot matter; all rows of one first filter at once."""
-    n = x.shape[1]
-    table = packed.settings.rows
-    plans = [_first_filter(row, asked) for row in table]
-    for kind in {kind for kind, _ in plans} - {"all"}:
-        at = torch.tensor([i for i, (found, _) in enumerate(plans) if found == kind], dtype=torch.int64)
-        part = x[at]
-        temperature = torch.tensor([plans[i][1] for i in at.tolist()], dtype=torch.float64)[:, None]
-        if kind == Stage.GREEDY:
-            stays = part == part.amax(1, keepdim=True)
-        elif kind == Stage.TOP_K:
-            k = torch.from_numpy(table["top_k"][at.numpy()]).clamp(max=n)[:, None]
-            stays = part >= part.topk(int(k.max()), dim=1).values.gather(1, k - 1)
-        elif kind == Stage.MIN_P:
-            # The row's top is not below ours, so its z is not above ours, rounding included.
-            least = torch.from_numpy(table["log_min_p"][at.numpy()].copy())[:, None]
-            stays = _z(part, part.amax(1, keepdim=True), temperature) >= least
+) -> Tensor:
+    """Places, row * n + column, of the (R, n) logits that may matter, rising; rows of one kind at once."""
+    rows, n = raw.shape
+    filters = [_first_filter(one, asked) for one in given]
+    kinds: dict[tuple[Stage, ...], list[int]] = {}
+    for i, one in enumerate(filters):
+        kinds.setdefault(one.get("stages", ()), []).append(i)
+    places = [torch.empty(0, dtype=torch.int64)]
+    for stages, some in kinds.items() if n else ():
+        at = torch.tensor(some)
+
+        def pick(x: Tensor, at: Tensor = at) -> Tensor:
+            return x if len(at) == rows else x[at]
+
+        x = pick(edited)
+        if not stages:
+            living = pick(raw) if "raw_logprob" in asked else x
+            places.append((living > -torch.inf).reshape(-1).nonzero()[:, 0])
+            if len(at) < rows:
+                places[-1] += (at - torch.arange(len(at)))[places[-1] // n] * n
+            continue
+        if stages == (Stage.TEMPERATURE,):
+            temperature = torch.tensor([filters[i]["temperature"] for i in some], dtype=torch.float64)
+            own = Draw(pick(draw.keys), *_coordinates(draw, pick))
+            row, column = _scores_that_count(x, temperature[:, None], own, begin)
         else:
-            where, which = (
-                one if isinstance(one, int) else one[at].contiguous() for one in (position, completion)
-            )
-            draw = Draw(packed.keys[at], where, which)
-            stays = _scores_that_count(part, temperature, draw, begin)
-        sent[at] &= stays
+            row, column = _kept(x, tuple(tuple(filters[i].items()) for i in some))
+        places.append(at[row] * n + column)
+    for x in (raw,) if edited is raw else (raw, edited):
+        # A row that cannot be served says so in the merge too; the maximum is NaN where one logit is.
+        bad = (~(x.amax(1) < torch.inf)).nonzero()[:, 0] if n else places[0]
+        row, column = (~(x[bad] < torch.inf)).nonzero().unbind(1)
+        places.append(bad[row] * n + column)
+    found = [one for one in places if len(one)]
+    # What lives is found in order and once; the rest is short.
+    return found[0] if len(found) == 1 and kinds.keys() == {()} else torch.cat(places).unique()
+
+
+def _coordinates(draw: Draw, pick: Any) -> tuple[int | Tensor, int | Tensor]:
+    position, completion = (
+        one if isinstance(one, int) else pick(one).contiguous() for one in (draw.position, draw.completion)
+    )
+    return position, completion
+
+
+def _kept(x: Tensor, filters: tuple[tuple[tuple[str, Any], ...], ...]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what the filters keep, by the kernel."""
+    settings = _settings(filters[:1] if filters == filters[:1] * len(filters) else filters)
+    chosen, _ = choose(x, settings, Draw(torch.zeros(1, dtype=torch.int64), 0, 0), need=("kept",))
+    assert chosen.kept is not None
+    offsets, column = chosen.kept
+    return torch.repeat_interleave(torch.arange(len(x)), offsets.diff()), column
+
+
+@lru_cache(maxsize=256)
+def _settings(filters: tuple[tuple[tuple[str, Any], ...], ...]) -> Settings:
+    return Settings.pack([dict(one) for one in filters])
 
 
 def _z(x: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
@@ -263,16 +297,16 @@ def _z(x: Tensor, top: Tensor, temperature: Tensor) -> Tensor:
     return (x.to(torch.float64) - top.to(torch.float64)) / temperature
 
 
-def _scores_that_count(x: Tensor, temperature: Tensor, draw: Draw, begin: int) -> Tensor:
-    """The highest logit of each row, and the ids whose score is near the best: by two draws, and by all noise
-    where these are near.
+def _scores_that_count(x: Tensor, temperature: Tensor, draw: Draw, begin: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the highest logit of each row, and of the ids whose score is near the best: by two
+    draws, and by all noise where these are near.
 
     The second draw counts z from another top if the first winner was the top: it can name an id whose score
     is 1e-13 below the true second, which is within the margin all the same.
     """
     rows, n = x.shape
-    settings = Settings.pack(
-        [{"stages": (Stage.TEMPERATURE,), "temperature": float(one)} for one in temperature]
+    settings = _settings(
+        tuple((("stages", (Stage.TEMPERATURE,)), ("temperature", one)) for one in temperature[:, 0].tolist())
     )
     wide = x.new_full((rows, begin + n), -torch.inf)  # noise belongs to the id, so ids keep their places
     wide[:, begin:] = x
@@ -281,23 +315,21 @@ def _scores_that_count(x: Tensor, temperature: Tensor, draw: Draw, begin: int) -
     wide[at, first[at]] = -torch.inf
     second = choose(wide, settings, draw)[0].tokens
     top = x.argmax(1, keepdim=True)
-    stays = torch.zeros_like(x, dtype=torch.bool).scatter_(1, top, True)
-    stays[at, first[at] - begin] = True
+    alive = (x.gather(1, top)[:, 0] > -torch.inf).nonzero()[:, 0]
+    row, column = [alive, at], [top[alive, 0], first[at] - begin]
 
     def scores(rows: Tensor, ids: Tensor) -> Tensor:
         z = _z(x[rows[:, None], ids - begin], x.gather(1, top)[rows], temperature[rows])
-        position, completion = (
-            one if isinstance(one, int) else one[rows, None] for one in (draw.position, draw.completion)
-        )
-        keys = draw.keys[rows, None]
-        return z + noise.gumbel(ids, position, completion, noise.PURPOSE_TOKEN, keys)
+        position, completion = _coordinates(draw, lambda one: one[rows, None])
+        return z + gumbel(ids, position, completion, draw.keys[rows, None])
 
     at = (second >= 0).nonzero()[:, 0]
     found = scores(at, torch.stack([first, second], 1)[at])
-    for row in at[~(found[:, 0] - found[:, 1] > 2 * MARGIN)][:, None]:
-        found = scores(row, torch.arange(begin, begin + n)[None])
-        stays[row] |= found >= found.max() - MARGIN
-    return stays
+    for one in at[~(found[:, 0] - found[:, 1] > 2 * MARGIN)][:, None]:
+        found = scores(one, torch.arange(begin, begin + n)[None])
+        column.append((found[0] >= found.max() - MARGIN).nonzero()[:, 0])
+        row.append(one.expand(len(column[-1])))
+    return torch.cat(row), torch.cat(column)
 
 
 def merge_shards(

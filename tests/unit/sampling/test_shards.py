@@ -175,15 +175,15 @@ def test_scores_that_are_near_are_left_to_the_merge(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(dispatch.native is None, reason="no native kernels: the reference draws by torch")
-def test_torch_computes_the_noise_of_two_ids_a_row_and_not_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_computes_the_noise_of_two_ids_a_row_and_not_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    right = shards.noise.gumbel
+    right = shards.gumbel
 
     def counted(ids: torch.Tensor, *more: Any) -> torch.Tensor:
         asked.append(ids.numel())
         return right(ids, *more)
 
-    monkeypatch.setattr(shards.noise, "gumbel", counted)
+    monkeypatch.setattr(shards, "gumbel", counted)
     x = torch.randn(20, 3000, generator=torch.Generator().manual_seed(2))
     shard_candidates(x, SamplingParams(seed=1), torch.arange(20), begin=5, vocabulary=4000)
     assert sum(asked) == 40
