@@ -73,7 +73,8 @@ class Chain : public Draw<F> {
     bool head_top_p(double p) {
         constexpr int64_t kFew = 64;  // blocks
         const double small = (1.0 - p) / (8.0 * static_cast<double>(n_));
-        const F bound = static_cast<F>(top_ + temperature_ * std::log(small) - 1e-6 * std::fabs(top_));
+        // A little lower than `small` is, for the rounding to float32.
+        const F bound = static_cast<F>(top_ + temperature_ * (std::log(small) - 1e-4) - 1e-6 * std::fabs(top_));
         int64_t blocks = 0;
         for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
         if (!(small > 0) || blocks > kFew) return false;
@@ -85,7 +86,8 @@ class Chain : public Draw<F> {
         int64_t all = 0, sum = 0;
         for (const Key k : keys) all += noise_weight(z_of(k));
         const double least = p * static_cast<double>(all);
-        const double most = p * (static_cast<double>(all) + 0x1p42 * small * static_cast<double>(n_)) + 1.0;
+        // A mass that is rounded up has half a unit more than its token.
+        const double most = p * (static_cast<double>(all) + (0x1p42 * small + 0.5) * static_cast<double>(n_)) + 1.0;
         for (size_t length = 0; length < keys.size() && static_cast<double>(sum) < most;) {
             if (length > 0 && static_cast<double>(sum) >= least) break;  // may be enough already
             sum += noise_weight(z_of(keys[length++]));

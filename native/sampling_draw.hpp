@@ -39,9 +39,9 @@ class Draw : public Stages<F> {
 
     // The greatest lanes with which tokens of kDrawn blocks from one on may reach a score, by their maxima: noise is at
     // most -log(lane / 2^16). In float32, whose rounding the factor covers; what is no number limits nothing,
-    // nor does a temperature that may bring back a difference which float32 cannot hold.
+    // nor does a temperature that may bring back a difference which float32 cannot hold, or whose inverse it cannot.
     void limits(int64_t from, F top, double score, uint16_t* out) const {
-        if (temperature_ >= 1e30) {
+        if (temperature_ >= 1e30 || temperature_ < 1e-30) {
             std::fill_n(out, kDrawn, uint16_t{65535});
             return;
         }
@@ -90,11 +90,18 @@ class Draw : public Stages<F> {
         auto& found = s_.candidates;
         found.clear();
         constexpr double kFar = 1000;
+        constexpr double kHopeless = -50;  // noise lies between -3.9 and 45.1
         F top = -INFINITY, base = 0;  // the greatest so far; one near it, to which scores are relative
         double least = -INFINITY;     // the score that a token surely has
         bool bad = false;
         auto z_to_base = [&](uint32_t i) {
             return (static_cast<double>(this->value_at(i)) - static_cast<double>(base)) / temperature_;
+        };
+        auto move_base = [&](F to) {
+            least -= (static_cast<double>(to) - static_cast<double>(base)) / temperature_;
+            base = to;
+            auto gone = [&](Candidate& one) { return !((one.z = z_to_base(one.index)) > kHopeless); };
+            found.erase(std::remove_if(found.begin(), found.end(), gone), found.end());
         };
         auto surely = [&](uint32_t i, double z, uint32_t high) {
             found.push_back({i, high, z});
@@ -111,11 +118,8 @@ class Draw : public Stages<F> {
             for (int64_t b = from; b < to; ++b) here = maxima()[b] > here ? maxima()[b] : here;
             if (!(here > -INFINITY)) continue;
             if (here > top) {
-                if (!(top > -INFINITY) || (static_cast<double>(here) - static_cast<double>(base)) / temperature_ > kFar) {
-                    base = here;  // what came before has no chance any more
-                    least = -INFINITY;
-                    found.clear();
-                }
+                if (!(top > -INFINITY) || (static_cast<double>(here) - static_cast<double>(base)) / temperature_ > kFar)
+                    move_base(here);
                 top = here;
                 int64_t b = from;
                 while (!(maxima()[b] == here)) ++b;

@@ -295,6 +295,37 @@ def test_a_temperature_that_brings_back_what_float32_cannot_hold_gives_the_same_
     assert native.tokens.unique().numel() > 1
 
 
+@pytest.mark.parametrize(
+    ("logits", "temperature"),
+    [
+        (torch.arange(256, dtype=torch.int32).view(torch.float32), 3e-43),  # the least subnormals
+        (torch.arange(256, dtype=torch.float64) * 1e-46, 1e-44),
+    ],
+)
+def test_a_temperature_whose_inverse_float32_cannot_hold_gives_the_same_bits(
+    logits: torch.Tensor, temperature: float
+) -> None:
+    """Differences of the order of the temperature, whose inverse is beyond float32."""
+    params = [SamplingParams(temperature=temperature, seed=s) for s in range(64)]
+    native, reference = both(logits.repeat(64, 1), params, 0)
+    assert_equal(native, reference)
+    assert native.tokens.unique().numel() > 5
+
+
+@pytest.mark.parametrize("tops", [(0, 999, 1001), (0, 999, 1001, 2000, 2002, 2003)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_that_rises_far_while_it_is_read_keeps_what_stands_near_its_end(
+    tops: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Sixteen blocks are read in one go, and z is measured from the first of them until it goes beyond 1,000."""
+    logits = torch.full((96, 2048 * len(tops)), -1e4, dtype=dtype)
+    for i, top in enumerate(tops):
+        logits[:, 2048 * i + 77] = top * 2
+    native, reference = both(logits, [SamplingParams(temperature=2.0, seed=s) for s in range(96)], 0)
+    assert_equal(native, reference)
+    assert native.tokens.unique().numel() == len({top for top in tops if top > max(tops) - 4})
+
+
 def test_log_probabilities_of_equal_and_huge_logits_are_not_lost_in_rounding() -> None:
     for found in both(torch.full((1, 2), -3e38), SamplingParams(seed=0), 0):
         assert found.raw_logprob is not None
