@@ -140,7 +140,7 @@ class Row {
         if (as_it_lies_) return reinterpret_cast<const F*>(start_)[i];
         if (sizeof(F) == 4 && in_.type == kBfloat16)
             return bits_of<float>(uint32_t{reinterpret_cast<const uint16_t*>(start_)[i]} << 16);
-        F value;
+        F value{};
         widen<F>(in_, start_, i, 1, &value);
         return value;
     }
