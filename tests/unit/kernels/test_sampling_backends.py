@@ -15,6 +15,7 @@ from tests.support import sampling_rows
 from twodice.kernels import dispatch
 from twodice.kernels.sampling import history_fits
 from twodice.kernels.sampling_settings import NEEDS, Past, Sampled
+from twodice.random import noise
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
@@ -253,6 +254,46 @@ def test_top_p_drawn_without_its_cut_gives_the_token_that_the_cut_gives(numbers:
             assert torch.equal(full.tokens, reference.tokens) and torch.equal(full.kept[1], reference.kept[1])
 
 
+@pytest.mark.parametrize("profile", [None, "hf"])
+@pytest.mark.parametrize(
+    ("kind", "vocabulary"),
+    [("distinct", 3000), ("distinct", 9000), ("ties", 9000), ("steep", 9000), ("equal", 9000), ("few", 9000)],
+)
+def test_top_p_whose_cut_stands_at_the_token_drawn_from_everything(
+    kind: str, vocabulary: int, profile: str | None
+) -> None:
+    """The mass up to the token is what p asks for, or differs from it by little, by more, by much.
+
+    The kept sets are the reference's (the tests above); asked for, the cut is found before the draw.
+    """
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(vocabulary, generator=generator)
+    place = torch.arange(vocabulary)
+    few = torch.where(place % 128 == 50, -2.0, torch.where((place > 3) & (place < 8), 0.0, -1e4))
+    x = {"distinct": x * 0.3, "ties": x.mul(2).round() / 8, "steep": x * 2, "equal": x * 0, "few": few}[kind]
+    temperature, rows, seeds = 0.8, [], range(12)
+    drawn = sample(
+        x.expand(len(seeds), -1), [SamplingParams(seed=s, temperature=temperature) for s in seeds], 0
+    )
+    order = x.argsort(descending=True, stable=True)
+    if profile == "hf":  # the higher id first
+        order = len(x) - 1 - x.flip(0).argsort(descending=True, stable=True)
+    upto = noise.weights((x.double() - x.max().double()) / temperature)[order].cumsum(0)
+    for seed, token in zip(seeds, drawn.tokens.tolist(), strict=True):
+        at = int((order == token).nonzero())
+        for last in (at - 1, at):  # without it, with it
+            share = int(upto[last]) / int(upto[-1])
+            for away in (0.0, 1e-16, 1e-12, 1e-8, 3e-6, 1e-5, 3e-5, 1e-3, 0.05):
+                for p in (share * (1 - away), share * (1 + away)):
+                    more = {"top_p": min(p, 1.0), "profile": profile, "temperature": temperature}
+                    rows.append(SamplingParams(seed=seed, **more))  # type: ignore[arg-type]
+    logits = x.expand(len(rows), -1)
+    exact = sample(logits, rows, 0, need=("kept",)).tokens
+    for level in NATIVE.simd_levels():
+        NATIVE.set_simd(level)
+        assert torch.equal(sample(logits, rows, 0).tokens, exact)
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(16, 40_000, generator=generator)
@@ -312,18 +353,37 @@ def test_a_temperature_whose_inverse_float32_cannot_hold_gives_the_same_bits(
     assert native.tokens.unique().numel() > 5
 
 
-@pytest.mark.parametrize("tops", [(0, 999, 1001), (0, 999, 1001, 2000, 2002, 2003)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_row_that_rises_far_while_it_is_read_keeps_what_stands_near_its_end(
-    tops: tuple[int, ...], dtype: torch.dtype
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (0, 999, 1001),
+        (0, 995.5, 1001),
+        (0, 999, 1001, 2000, 2002, 2002.5),
+        (0, 1e6),  # where float32 would err by a tenth of a unit
+    ],
+)
+def test_a_row_that_rises_far_while_it_is_read_is_drawn_from_what_stands_near_its_end(
+    steps: tuple[float, ...], dtype: torch.dtype
 ) -> None:
-    """Sixteen blocks are read in one go, and z is measured from the first of them until it goes beyond 1,000."""
-    logits = torch.full((96, 2048 * len(tops)), -1e4, dtype=dtype)
-    for i, top in enumerate(tops):
-        logits[:, 2048 * i + 77] = top * 2
-    native, reference = both(logits, [SamplingParams(temperature=2.0, seed=s) for s in range(96)], 0)
+    """Sixteen blocks are read in one go; z is measured from the first of them until it goes beyond 1,000."""
+    rows, temperature = 64, 0.75
+    logits = torch.full((2048 * (len(steps) - 1) + 128,), -1e7, dtype=dtype)
+    for i, step in enumerate(steps):  # a hundred tokens on each step, one on the last but where there are two
+        many = 100 if i + 1 < len(steps) or i == 1 else 1
+        logits[2048 * i : 2048 * i + many] = step * temperature
+    params = [SamplingParams(temperature=temperature, seed=s) for s in range(rows)]
+    native, reference = both(logits.expand(rows, -1), params, 0)
     assert_equal(native, reference)
-    assert native.tokens.unique().numel() == len({top for top in tops if top > max(tops) - 4})
+    assert native.tokens.unique().numel() > 5
+
+
+def test_a_token_whose_leading_bits_are_just_at_the_limit_is_drawn() -> None:
+    """Positions, found by search, at which the winner's 16 bits are the greatest that could win."""
+    logits = torch.cat([torch.arange(512) * 1e-3, torch.tensor([-1e4])])
+    position = torch.tensor([29771, 32852, 60457, 66764, 69955, 80666])
+    native, reference = both(logits.expand(6, -1), SamplingParams(seed=1), position)
+    assert_equal(native, reference)
 
 
 def test_log_probabilities_of_equal_and_huge_logits_are_not_lost_in_rounding() -> None:
