@@ -6,13 +6,13 @@ class Chain : public Draw<F> {
     using Base = Draw<F>;
     using typename Base::Key;
     using V = Vector16;
-    using Base::in_, Base::s_, Base::job_, Base::x_, Base::n_, Base::max_, Base::wide_max_, Base::edited_, Base::maxima,
-        Base::buffers, Base::hold, Base::hold_all, Base::peek, Base::key, Base::index, Base::id_of, Base::least_of,
-        Base::block_count, Base::block_end, Base::list, Base::z_of, Base::whole, Base::for_kept, Base::make_list,
-        Base::first, Base::collect, Base::sort_list, Base::top_, Base::temperature_, Base::cut_, Base::have_list_,
-        Base::sorted_, Base::apply, Base::top_p_whole, Base::surprise_of, Base::final_z, Base::at_, Base::mixed_,
-        Base::mu_, Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::draw_as_read, Base::draw_list,
-        Base::draw_all, Base::kLazy;
+    using Base::in_, Base::s_, Base::job_, Base::x_, Base::n_, Base::flip_, Base::max_, Base::wide_max_, Base::edited_,
+        Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::peek, Base::key, Base::index, Base::id_of,
+        Base::least_of, Base::block_count, Base::block_end, Base::list, Base::z_of, Base::whole, Base::for_kept,
+        Base::make_list, Base::first, Base::collect, Base::sort_list, Base::top_, Base::temperature_, Base::cut_,
+        Base::have_list_, Base::sorted_, Base::apply, Base::top_p_whole, Base::surprise_of, Base::final_z, Base::at_,
+        Base::mixed_, Base::mu_, Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::draw_as_read,
+        Base::draw_list, Base::draw_all, Base::kLazy;
 
    public:
     using Base::Base;
@@ -103,51 +103,55 @@ class Chain : public Draw<F> {
     enum class Stands { within, beyond, unknown };
 
     Stands stands_under(double p, Key drawn) const {
-        const float value = static_cast<float>(x_[index(drawn)]), under = std::nextafter(value, -INFINITY);
-        // At least what stands before it: everything above it, and its equals but itself.
-        const Rough most = linear_sums(under);
-        const double self = exp_linear_of(value - static_cast<float>(max_), linear_slope());
-        const double before = most.above - self, rest = most.all - before, error = kRough * most.all;
-        if (before * (1.0 - p) + error < p * (rest / kLinear)) return Stands::within;
-        const Rough least = linear_sums(value);  // surely before it
-        if (least.above / kLinear * (1.0 - p) > p * (least.all - least.above) + error) return Stands::beyond;
-        // Nearer.
-        const Rough near_most = exp_sums(under), near_least = exp_sums(value);
-        const double near_error = kRough * near_most.all;
-        const double near_before = near_most.above - noise_exp(z_of(drawn));
-        if (near_before + near_error < p * (near_most.all - near_error)) return Stands::within;
-        if (near_least.above - near_error > p * (near_least.all + near_error)) return Stands::beyond;
+        // U = the mass before it, R = the rest: it is within if U < p (U + R), and beyond if not.
+        const Rough linear = linear_sums(drawn);
+        const double rest = linear.all - linear.above, error = kRough * linear.all;
+        if (linear.above * (1.0 - p) + error < p * (rest / kLinear)) return Stands::within;
+        if (linear.above / kLinear * (1.0 - p) > p * rest + error) return Stands::beyond;
+        const Rough near = exp_sums(drawn);
+        const double near_error = kRough * near.all;
+        if (near.above + near_error < p * (near.all - near_error)) return Stands::within;
+        if (near.above - near_error > p * (near.all + near_error)) return Stands::beyond;
         return Stands::unknown;
     }
 
     float linear_slope() const { return static_cast<float>(1.0 / temperature_) * kLinearSlope; }
 
-    // Sums of exp(z), at most kLinear times too large.
-    Rough linear_sums(float bound) const {
+    // Sums of exp(z), at most kLinear times too large: of all, and of what stands before a token.
+    Rough linear_sums(Key token) const {
         const V::F top = V::all(static_cast<float>(max_)), slope = V::all(linear_slope());
-        return sums(bound, [&](V::F x) { return V::exp_linear(V::sub(x, top), slope); });
+        return sums(token, [&](V::F x) { return V::exp_linear(V::sub(x, top), slope); });
     }
 
-    // Sums of exp(z), within kRough of the masses.
-    Rough exp_sums(float bound) const {
+    // The same, within kRough of the masses.
+    Rough exp_sums(Key token) const {
         const V::F top = V::all(static_cast<float>(max_)), inverse = V::all(static_cast<float>(1.0 / temperature_));
-        return sums(bound, [&](V::F x) { return V::exp(V::mul(V::sub(x, top), inverse)); });
+        return sums(token, [&](V::F x) { return V::exp(V::mul(V::sub(x, top), inverse)); });
     }
 
+    // Of equal values those in one direction stand before the token: in the blocks there they count as greater ones.
     template <class Share>
-    Rough sums(float bound, Share share) const {
+    Rough sums(Key token, Share share) const {
         static_assert(kBlock % 16 == 0, "whole vectors");
+        const int64_t at = index(token), own = at / kBlock;
+        const float value = static_cast<float>(x_[at]), under = std::nextafter(value, -INFINITY);
+        const bool low_first = flip_ != 0;
         Rough out;
         F near[kBlock];
         for (int64_t b = 0; b < block_count(); ++b) {
             const int64_t count = block_end(b) - b * kBlock;
             const F* x = peek(b, near);
-            if (count < kBlock) {
+            if (count < kBlock || b == own) {
                 if (x != near) std::copy_n(x, count, near);
                 std::fill(near + count, near + kBlock, static_cast<F>(-INFINITY));
                 x = near;
             }
-            add_rough(reinterpret_cast<const float*>(x), kBlock, bound, share, out);
+            if (b == own)  // here one by one: what stands before goes up by next to nothing
+                for (int64_t j = 0; j < count; ++j)
+                    if (key(near[j], static_cast<uint32_t>(b * kBlock + j)) > token)
+                        near[j] = near[j] > value ? near[j] : static_cast<F>(std::nextafter(value, INFINITY));
+            const bool before = b != own && (b < own) == low_first;
+            add_rough(reinterpret_cast<const float*>(x), kBlock, before ? under : value, share, out);
         }
         return out;
     }

@@ -1,7 +1,7 @@
 // The draw from what the stages have kept: logits meet their noise. A part of sampling_level.hpp.
 //
-// The token drawn is the argmax of z plus Gumbel noise, z being (logit - greatest logit) / temperature. Sixteen leading bits
-// of a token's noise bound it, so most tokens are dismissed by these, sixty-four at a time, and few need the other bits.
+// The token drawn is the argmax of z plus Gumbel noise, z being (logit - greatest logit) / temperature. Sixteen leading
+// bits of a token's noise bound it, so most tokens are dismissed by these, sixty-four at a time; few need the other bits.
 
 template <class F>
 class Draw : public Stages<F> {

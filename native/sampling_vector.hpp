@@ -259,7 +259,40 @@ inline void weigh(const F* x, int64_t count, double m, double t, int64_t* weight
 // The same, and round(exp(z) * -z * 2^42), which is 0 where the mass is.
 template <class F>
 inline void weigh_moments(const F* x, int64_t count, double m, double t, int64_t* weight, int64_t* moment) {
-    for (int64_t j = 0; j < count; ++j) {
+    int64_t j = 0;
+#ifdef TWODICE_LEVEL_AVX512
+    const __m512d top8 = _mm512_set1_pd(m), warm8 = _mm512_set1_pd(t), round8 = _mm512_set1_pd(kRound);
+    const __m512d unit8 = _mm512_set1_pd(0x1p42);
+    const __m512i bits8 = _mm512_set1_epi64(kRoundBits);
+    for (; j + 8 <= count; j += 8) {
+        __m512d z = _mm512_sub_pd(load8(x + j), top8);
+        if (t != 1.0) z = _mm512_div_pd(z, warm8);
+        const __m512d e = exp8(z);
+        const __m512i w = _mm512_sub_epi64(_mm512_castpd_si512(_mm512_add_pd(_mm512_mul_pd(e, unit8), round8)), bits8);
+        const __mmask8 some = _mm512_cmpgt_epi64_mask(w, _mm512_setzero_si512());
+        const __m512d less = _mm512_maskz_sub_pd(some, _mm512_setzero_pd(), z);
+        const __m512d steep = _mm512_add_pd(_mm512_mul_pd(_mm512_mul_pd(e, less), unit8), round8);
+        _mm512_storeu_si512(weight + j, w);
+        _mm512_storeu_si512(moment + j, _mm512_sub_epi64(_mm512_castpd_si512(steep), bits8));
+    }
+#endif
+#ifdef TWODICE_LEVEL_AVX2
+    const __m256d top = _mm256_set1_pd(m), warm = _mm256_set1_pd(t), round = _mm256_set1_pd(kRound);
+    const __m256d unit = _mm256_set1_pd(0x1p42);
+    const __m256i bits = _mm256_set1_epi64x(kRoundBits);
+    for (; j + 4 <= count; j += 4) {
+        __m256d z = _mm256_sub_pd(load4(x + j), top);
+        if (t != 1.0) z = _mm256_div_pd(z, warm);
+        const __m256d e = exp4(z);
+        const __m256i w = _mm256_sub_epi64(_mm256_castpd_si256(_mm256_add_pd(_mm256_mul_pd(e, unit), round)), bits);
+        const __m256d some = _mm256_castsi256_pd(_mm256_cmpgt_epi64(w, _mm256_setzero_si256()));
+        const __m256d less = _mm256_and_pd(some, _mm256_sub_pd(_mm256_setzero_pd(), z));
+        const __m256d steep = _mm256_add_pd(_mm256_mul_pd(_mm256_mul_pd(e, less), unit), round);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + j), w);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(moment + j), _mm256_sub_epi64(_mm256_castpd_si256(steep), bits));
+    }
+#endif
+    for (; j < count; ++j) {
         const double z = (static_cast<double>(x[j]) - m) / t;
         weight[j] = noise_weight(z);
         const double steep = noise_exp(z) * -(weight[j] > 0 ? z : 0.0);
