@@ -330,7 +330,7 @@ def test_what_is_asked_for_alone_is_what_is_asked_for_with_all_else(sigma: float
 def test_tokens_far_below_the_first_are_drawn_at_their_own_rate() -> None:
     """262,143 tokens of z = -16 have 3% of the mass together.
 
-    At temperature 2 a row is drawn as it is read, at 1 it is not. Both ways divide without rounding, so z, and with it the token, is the same.
+    At temperature 2 a row is drawn as it is read, at 1 it is not; neither division rounds, so z is the same.
     """
     logits = torch.full((2**18,), -16.0)
     logits[0] = 0
@@ -405,6 +405,7 @@ def test_a_temperature_whose_inverse_float32_cannot_hold_gives_the_same_bits(
 @pytest.mark.parametrize(
     "steps",
     [
+        (0, 999),
         (0, 999, 1001),
         (0, 995.5, 1001),
         (0, 999, 1001, 2000, 2002, 2002.5),
