@@ -313,11 +313,13 @@ def history(ids: torch.Tensor | None, rows: int) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("sigma", [0.3, 4.0])
 def test_what_is_asked_for_alone_is_what_is_asked_for_with_all_else(sigma: float) -> None:
     """Each field by itself, as the kernel does no more than what the fields need."""
-    logits = torch.randn(6, 9000, generator=torch.Generator().manual_seed(7)) * sigma
     more = ({"top_p": 0.4}, {"top_p": 0.9}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8},
-            {"top_k": 30}, {"min_p": 0.1})  # fmt: skip
-    params = [SamplingParams(seed=i, **one) for i, one in enumerate(more)]  # type: ignore[arg-type]
+            {"top_k": 30}, {"min_p": 0.1}, {"top_p": 0.9, "min_p": 0.6}, {"top_p": 0.5, "profile": "sglang"},
+            {"temperature": 0.7, "banned_tokens": range(0, 9000, 2)})  # fmt: skip
+    params = [SamplingParams(seed=i, **one) for i in range(12) for one in more]  # type: ignore[arg-type]
+    logits = torch.randn(len(params), 9000, generator=torch.Generator().manual_seed(7)) * sigma
     full = sample(logits, params, 0, need=NEEDS)
+    assert torch.equal(sample(logits, params, 0).tokens, full.tokens)
     for name in NEEDS:
         alone = sample(logits, params, 0, need=(name,))
         assert torch.equal(alone.tokens, full.tokens)
