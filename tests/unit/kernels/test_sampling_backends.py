@@ -99,7 +99,15 @@ EDITS = (
     {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "banned_tokens": [0, 640, 4999]},
     {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "allowed_tokens": [3, 200, 201, 2500, 4998]},
 )  # fmt: skip
-FILTERS = ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.0}, {"typical_p": 0.5})
+FILTERS = (
+    {},
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"temperature": 0.0},
+    {"typical_p": 0.5},
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
