@@ -20,10 +20,14 @@ class Draw : public Stages<F> {
 
     static bool mild(double temperature) { return temperature > 1e-4 && temperature < 1e4; }
 
+    // The temperature of a program that has nothing else; a temperature of 1 is not in it.
+    static double only_temperature(const Settings& set) { return set.stages[0] == kTemperature ? set.temperature : 1.0; }
+
     // Whether the draw is from everything, as it comes.
     bool plain(const Settings& set) const {
-        return set.stages[0] == kTemperature && set.stages[1] == kEnd && mild(set.temperature) &&
-               in_.vocabulary >= kLazy && !Edits<F>::wanted(job_, set);
+        const int stages = set.stages[0] == kTemperature;
+        return set.stages[stages] == kEnd && mild(only_temperature(set)) && in_.vocabulary >= kLazy &&
+               !Edits<F>::wanted(job_, set);
     }
 
     // Score, then the lower id, which is the lower index.
@@ -84,7 +88,7 @@ class Draw : public Stages<F> {
     // one surely has is not drawn. The few that remain are compared when the row has been read.
     int draw_as_read(int64_t row, const Settings& set, Key& drawn) {
         this->begin(row, set);
-        temperature_ = set.temperature;
+        temperature_ = only_temperature(set);
         run_.set_key(at_.key);
         run_.set_row(at_.position, at_.completion, at_.purpose);
         auto& found = s_.candidates;

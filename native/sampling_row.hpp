@@ -153,13 +153,11 @@ class Row {
         return near;
     }
 
-    // The lowest index of the greatest value.
+    // The lowest index of the greatest value; nothing waits at the first block that has it (take_top).
     uint32_t argmax() const {
-        for (int64_t b = 0;; ++b) {
-            b += first_equal(&maxima()[b], max_);
-            hold(b);
-            if (maxima()[b] == max_) return static_cast<uint32_t>(b * kBlock + first_equal(x_ + b * kBlock, max_));
-        }
+        const int64_t b = first_equal(maxima().data(), max_);
+        hold(b);
+        return static_cast<uint32_t>(b * kBlock + first_equal(x_ + b * kBlock, max_));
     }
 
     // The first index of the rank order.
