@@ -54,6 +54,8 @@ def tensor_of(name: str, value: Any, *, numbers: torch.dtype | None = None) -> T
     `numbers` is the type for a list, whose floats torch makes float32 without it.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise ShapeError(f"{name} must be dense; got {value.layout}: .to_dense() makes it so")
         return value
     if isinstance(value, np.ndarray):
         return _of_numpy(name, value)

@@ -33,7 +33,7 @@ def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
         if not 0 <= value < 2**32:
             raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
         return value
-    found = value if isinstance(value, Tensor) else tensor_of(name, value)
+    found = tensor_of(name, value)
     # An empty list, of no rows, comes as floats.
     if (
         found.dtype == torch.bool
@@ -52,10 +52,12 @@ def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
 
 
 def _integers(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.is_cpu and value.dtype == torch.int64 and value.is_contiguous():
-        return value  # as engines keep it: no microsecond for nothing
-    found = value if isinstance(value, Tensor) else tensor_of(f"the {name} of history", value)
-    if found.numel() and (found.dtype.is_floating_point or found.dtype == torch.bool):
+    found = tensor_of(f"the {name} of history", value)
+    if found.dtype == torch.int64 and found.is_cpu and found.is_contiguous():
+        return found  # as engines keep it: no microsecond for nothing
+    if found.numel() and (
+        found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool
+    ):
         raise ShapeError(f"the {name} of history must be integers; got {found.dtype}")
     return found.to("cpu", torch.int64).contiguous()
 
@@ -69,7 +71,7 @@ def _past(value: History, rows: int, vocabulary: int) -> Past:
             f"history must be (ids (n,), offsets ({rows + 1},), prompt_lengths ({rows},)); "
             f"got ids {tuple(ids.shape)} and offsets {tuple(offsets.shape)}"
         )
-    prompts = None if len(value) == 2 else _integers("prompt_lengths", value[2])
+    prompts = None if len(value) == 2 or value[2] is None else _integers("prompt_lengths", value[2])
     if prompts is not None and prompts.shape != (rows,):
         raise ShapeError(f"the prompt_lengths of history must be ({rows},); got {tuple(prompts.shape)}")
     past = Past(ids, offsets, prompts)
@@ -116,7 +118,7 @@ def mask_of(value: Any, rows: int, vocabulary: int, device: torch.device) -> Ten
     """The packed mask, (R, ceil(V / 32)) int32 with a contiguous last axis, on the device of the logits."""
     if value is None:
         return None
-    found = value if isinstance(value, Tensor) else tensor_of("allowed_mask", value)
+    found = tensor_of("allowed_mask", value)
     words = (vocabulary + 31) // 32
     if found.shape != (rows, words) or found.dtype not in (torch.int32, torch.uint32):
         raise ShapeError(
@@ -131,7 +133,9 @@ def state_of(value: Any, rows: int, moves: bool) -> Tensor | None:
     """Mirostat's state, (R,) float64 on the CPU; `moves` says whether a row has mirostat."""
     if value is None:
         return None
-    found = value if isinstance(value, Tensor) else tensor_of("state", value, numbers=torch.float64)
+    found = tensor_of("state", value, numbers=torch.float64)
+    if found.dtype == torch.bool or found.dtype.is_complex:
+        raise ShapeError(f"state must be one number a row, ({rows},); got {found.dtype}")
     found = found.detach().to("cpu", torch.float64)
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
@@ -155,6 +159,12 @@ def _seed_rows(packed: Packed, rows: int) -> tuple[tuple[int, ...], Tensor]:
     new = memoryview(os.urandom(8 * rows)).cast("Q")
     made = tuple([n >> (64 - SEED_BITS) if s is None else s for s, n in zip(given, new, strict=True)])
     return made, keys_of(made)
+
+
+def checked_policy(on_bad_row: Any) -> None:
+    """What becomes of rows that cannot be served: "raise", "flag", or None for the device's default."""
+    if on_bad_row not in (None, "raise", "flag"):
+        raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
 
 
 def ids_beyond(params: SamplingParams | Sequence[SamplingParams], vocabulary: int) -> RequestError:
@@ -283,8 +293,7 @@ def sample(
             params = params[0]
     if need != ():
         need = needs_of(need)
-    if on_bad_row not in (None, "raise", "flag"):
-        raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
+    checked_policy(on_bad_row)
     packed = pack(params)
     if packed.settings.highest_id >= vocabulary:
         raise ids_beyond(params, vocabulary)
@@ -303,7 +312,8 @@ def sample(
 _WORDS = {
     Status.NAN: "NaN among its logits",
     Status.INFINITE: "+inf among its logits (as they came, or after bias and penalties)",
-    Status.EMPTY: "no token left to draw: all logits are -inf after bias, allowed and banned tokens",
+    Status.EMPTY: "no token left to draw: its logits are -inf, as they came or by what the settings and the "
+    "mask forbid (bias, allowed and banned tokens, min_tokens, n-grams)",
 }
 
 

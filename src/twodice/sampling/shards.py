@@ -91,12 +91,22 @@ def _told(params: SamplingParams) -> bytes:
     return repr(params).encode()  # what is set, alike in every process, as hash() is not
 
 
-def _call(each: Sequence[SamplingParams], position: int | Tensor, completion: int | Tensor) -> bytes:
-    """The digest of a call: settings of each row, and its coordinates, one for all or one a row."""
+def _call(
+    each: Sequence[SamplingParams],
+    position: int | Tensor,
+    completion: int | Tensor,
+    past: Past | None,
+    mask: Tensor | None,
+) -> bytes:
+    """The digest of a call: settings and coordinates of each row, the history where one is read, the mask."""
     found = hashlib.blake2b(b"\n".join(map(_told, each)), digest_size=8)
-    for at in (position, completion):
-        rows = torch.full((len(each),), at) if isinstance(at, int) else at
-        found.update(rows.to(torch.int64).numpy().tobytes())
+    rows = len(each)
+    ones = [torch.full((rows,), at) if isinstance(at, int) else at for at in (position, completion)]
+    ones += [] if past is None else [past.ids, past.offsets]
+    ones += [] if past is None or past.prompts is None else [past.prompts]
+    for one in [*ones, *([] if mask is None else [mask.contiguous()])]:
+        found.update(repr(one.shape).encode())
+        found.update(one.numpy().tobytes())
     return found.digest()
 
 
@@ -142,7 +152,7 @@ def shard_candidates(
     id), so every shard knows that of its own ids. The largest of the shards' winners is the winner of the
     whole (Gumbel 1954; Maddison, Tarlow and Minka 2014).
     """
-    shard = tensor_of("logits", logits)
+    shard = tensor_of("logits", logits).detach()
     if shard.ndim != 2 or shard.dtype not in FLOATS:
         raise ShapeError(
             f"logits must be (rows, ids of the shard) floats of 16, 32 or 64 bits; got {tuple(shard.shape)} "
@@ -185,7 +195,7 @@ def shard_candidates(
         column + begin,
         raw[row, column],
         asked,
-        _call(given, where, which),
+        _call(given, where, which, past, mask),
     )
 
 
@@ -375,10 +385,11 @@ def merge_shards(
     *Randomness*: see `shard_candidates`. Every machine that merges the same parts has the same token, so
     the token itself need not be sent.
     """
-    for part in parts:
+    every = tuple(parts) if isinstance(parts, Iterable) else (parts,)
+    for part in every:
         if not isinstance(part, ShardCandidates):
             raise ShapeError(f"parts must be what shard_candidates returned; got {type(part).__name__}")
-    ordered = sorted(parts, key=lambda part: (part.begin, part.end))
+    ordered = sorted(every, key=lambda part: (part.begin, part.end))
     asked = needs_of(need)
     if not ordered:
         raise ShapeError("parts must be one of every shard; got none")
@@ -403,17 +414,16 @@ def merge_shards(
                 f"{missing[0]} needs what the shards did not send; give need=({missing[0]!r},) to "
                 "shard_candidates too"
             )
-    given = (params,) * rows if isinstance(params, SamplingParams) else params
-    # Anything but one setting a row is told by `sample`.
-    if isinstance(given, Sequence) and [type(one) for one in given] == [SamplingParams] * rows:
-        where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
-        call = _call(given, where, which)
-    else:
-        call = ordered[0].call
+    given = each_row(params, rows)
+    where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
+    settings = pack(given).settings if rows else pack(SamplingParams()).settings
+    past = history_of(history, settings, rows, vocabulary)
+    mask = mask_of(allowed_mask, rows, vocabulary, torch.device("cpu"))
+    call = _call(given, where, which, past, mask)
     if any(part.call != call for part in ordered):
         raise RequestError(
-            "params, position and completion of a merge must be those that every shard was given; "
-            "got others: what the shards left out was chosen by theirs"
+            "params, position, completion, history and allowed_mask of a merge must be those that every shard "
+            "was given; got others: what the shards left out was chosen by theirs"
         )
     whole = torch.full((rows, vocabulary), -torch.inf, dtype=ordered[0].logits.dtype)
     for part in ordered:
@@ -421,7 +431,7 @@ def merge_shards(
         whole[row, part.ids] = part.logits
     return sample(
         whole,
-        params,
+        given,
         position,
         history=history,
         completion=completion,

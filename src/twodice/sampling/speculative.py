@@ -33,7 +33,16 @@ from twodice.kernels.sampling_settings import Past, Sampled
 from twodice.sampling.arrays import returned, tensor_of
 from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
-from twodice.sampling.sample import History, coordinate, history_of, needs_of, raise_on_bad, sample, state_of
+from twodice.sampling.sample import (
+    History,
+    checked_policy,
+    coordinate,
+    history_of,
+    needs_of,
+    raise_on_bad,
+    sample,
+    state_of,
+)
 
 
 @dataclass(slots=True)
@@ -206,7 +215,10 @@ def verify(
             on_bad_row=on_bad_row,
         )
         return returned(found, logits)
-    call = _checked(logits, draft_tokens, params, position, history, completion, allowed_mask, need)
+    checked_policy(on_bad_row)
+    call = _checked(
+        tensor_of("logits", logits), draft_tokens, params, position, history, completion, allowed_mask, need
+    )
     rows, width = logits.shape[:2]
     start = state_of(state, rows, call.packed.settings.has_state)
     out = {"tokens": torch.full((rows, width), -1, dtype=torch.int64),

@@ -17,7 +17,7 @@ from twodice.sampling.params import SamplingParams
 from twodice.sampling.processor import processor
 from twodice.sampling.profiles import ORDER, PROFILES, check_order, profile
 from twodice.sampling.sample import sample
-from twodice.sampling.shards import shard_candidates
+from twodice.sampling.shards import merge_shards, shard_candidates
 from twodice.sampling.speculative import verify
 from twodice.sampling.translate import translate
 
@@ -176,6 +176,7 @@ def test_an_empty_bias_is_none() -> None:
 X = torch.zeros(2, 40)
 DRAFTED = torch.zeros(2, 2, 40)
 SEEDED = SamplingParams(seed=1)
+MIRO = SamplingParams(seed=1, mirostat_tau=3.0)
 COUNTS = SamplingParams(frequency_penalty=0.5, seed=1)
 PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
 
@@ -227,7 +228,21 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
          r"no row sets mirostat_tau; got \[4.0\]"),
         (lambda: sample(X.to(torch.float8_e5m2), SEEDED, 0), ShapeError, "64-bit floats; .*float8_e5m2"),
         (lambda: sample(X.to_sparse(), SEEDED, 0), ShapeError, r"must be dense .*sparse_coo: .to_dense\(\)"),
+        (lambda: verify(X[None].to_sparse(), [[1]], SEEDED, 0), ShapeError, r"must be dense; .*to_dense\(\)"),
+        (lambda: shard_candidates(X.to_sparse(), SEEDED, 0, begin=0, vocabulary=40), ShapeError,
+         r"must be dense; .*to_dense\(\)"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=torch.ones(2, 2).to_sparse()), ShapeError,
+         r"allowed_mask must be dense"),
+        (lambda: sample(X, COUNTS, 0, history=(torch.tensor(PAST[0]).to_sparse(), *PAST[1:])), ShapeError,
+         "ids of history must be dense"),
+        (lambda: sample(X, COUNTS, 0, history=(torch.tensor(PAST[0]) * 1j, *PAST[1:])), ShapeError,
+         "must be integers; got torch.complex64"),
+        (lambda: sample(X, MIRO, 0, state=torch.tensor([True, False])), ShapeError,
+         "one number a row.*got torch.bool"),
+        (lambda: verify(X[None], [[1]], SEEDED, 0, on_bad_row="flagg"), ConfigError, "got 'flagg'"),
+        (lambda: merge_shards(None, SEEDED, 0), ShapeError, "shard_candidates returned; got NoneType"),
         (lambda: sample(X, COUNTS, 0), RequestError, "need history"),
+        (lambda: sample(X, COUNTS, 0, history=(*PAST[:2], None)), RequestError, "got no prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=PAST[:2]), RequestError, "got no prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=7), ShapeError, "got int"),
         (lambda: sample(X, COUNTS, 0, history=(*PAST, [0])), ShapeError, "ids, offsets, prompt_lengths"),

@@ -218,6 +218,31 @@ def test_a_merge_of_another_call_is_refused() -> None:
         merge_shards([parts[0], *split(x, [32, 64], params, 5)], params, 4)
     with pytest.raises(ShapeError, match="one a row, 3; got 2"):
         merge_shards(parts, params[:2], 4)
+    with pytest.raises(RequestError, match="must be those that every shard was given"):
+        merge_shards(iter(parts), iter(params[::-1]), 4)
+    assert torch.equal(merge_shards(iter(parts), iter(params), 4).tokens, sample(x, params, 4).tokens)
+
+
+def test_a_merge_of_another_history_or_mask_is_refused() -> None:
+    x = torch.tensor([[4.0, 3.0, 2.5, 0.0]])
+    params = SamplingParams(seed=0, top_k=2, repetition_penalty=2.0)
+    past, mask = ([0], [0, 1], [0]), torch.tensor([[0b0111]], dtype=torch.int32)
+    parts = split(x, [0, 2, 4], params, 0, history=past, allowed_mask=mask)
+    found = merge_shards(parts, params, 0, history=past, allowed_mask=mask)
+    assert torch.equal(found.tokens, sample(x, params, 0, history=past, allowed_mask=mask).tokens)
+    for other, words in (
+        (([3], [0, 1], [0]), mask),
+        (([0, 0], [0, 2], [0]), mask),
+        (past, mask - 1),
+        (past, None),
+    ):
+        with pytest.raises(RequestError, match="must be those that every shard was given"):
+            merge_shards(parts, params, 0, history=other, allowed_mask=words)
+
+
+def test_a_shard_of_logits_with_a_graph_sends_none() -> None:
+    x = torch.zeros(1, 8, requires_grad=True)
+    assert not shard_candidates(x, SamplingParams(seed=0), 0, begin=0, vocabulary=8).logits.requires_grad
 
 
 def test_what_does_not_fit_is_an_error() -> None:
