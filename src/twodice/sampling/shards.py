@@ -422,8 +422,8 @@ def merge_shards(
     call = _call(given, where, which, past, mask)
     if any(part.call != call for part in ordered):
         raise RequestError(
-            "params, position, completion, history and allowed_mask of a merge must be those that every shard "
-            "was given; got others: what the shards left out was chosen by theirs"
+            "params, position, completion, history and allowed_mask of a merge must be those that every "
+            "shard was given; got others: what the shards left out was chosen by theirs"
         )
     whole = torch.full((rows, vocabulary), -torch.inf, dtype=ordered[0].logits.dtype)
     for part in ordered:
