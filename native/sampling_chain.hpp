@@ -103,55 +103,51 @@ class Chain : public Draw<F> {
     enum class Stands { within, beyond, unknown };
 
     Stands stands_under(double p, Key drawn) const {
-        // U = the mass before it, R = the rest: it is within if U < p (U + R), and beyond if not.
-        const Rough linear = linear_sums(drawn);
-        const double rest = linear.all - linear.above, error = kRough * linear.all;
-        if (linear.above * (1.0 - p) + error < p * (rest / kLinear)) return Stands::within;
-        if (linear.above / kLinear * (1.0 - p) > p * rest + error) return Stands::beyond;
-        const Rough near = exp_sums(drawn);
-        const double near_error = kRough * near.all;
-        if (near.above + near_error < p * (near.all - near_error)) return Stands::within;
-        if (near.above - near_error > p * (near.all + near_error)) return Stands::beyond;
+        const float value = static_cast<float>(x_[index(drawn)]), under = std::nextafter(value, -INFINITY);
+        // At least what stands before it: everything above it, and its equals but itself.
+        const Rough most = linear_sums(under);
+        const double self = exp_linear_of(value - static_cast<float>(max_), linear_slope());
+        const double before = most.above - self, rest = most.all - before, error = kRough * most.all;
+        if (before * (1.0 - p) + error < p * (rest / kLinear)) return Stands::within;
+        const Rough least = linear_sums(value);  // surely before it
+        if (least.above / kLinear * (1.0 - p) > p * (least.all - least.above) + error) return Stands::beyond;
+        // Nearer.
+        const Rough near_most = exp_sums(under), near_least = exp_sums(value);
+        const double near_error = kRough * near_most.all;
+        const double near_before = near_most.above - noise_exp(z_of(drawn));
+        if (near_before + near_error < p * (near_most.all - near_error)) return Stands::within;
+        if (near_least.above - near_error > p * (near_least.all + near_error)) return Stands::beyond;
         return Stands::unknown;
     }
 
     float linear_slope() const { return static_cast<float>(1.0 / temperature_) * kLinearSlope; }
 
-    // Sums of exp(z), at most kLinear times too large: of all, and of what stands before a token.
-    Rough linear_sums(Key token) const {
+    // Sums of exp(z), at most kLinear times too large.
+    Rough linear_sums(float bound) const {
         const V::F top = V::all(static_cast<float>(max_)), slope = V::all(linear_slope());
-        return sums(token, [&](V::F x) { return V::exp_linear(V::sub(x, top), slope); });
+        return sums(bound, [&](V::F x) { return V::exp_linear(V::sub(x, top), slope); });
     }
 
-    // The same, within kRough of the masses.
-    Rough exp_sums(Key token) const {
+    // Sums of exp(z), within kRough of the masses.
+    Rough exp_sums(float bound) const {
         const V::F top = V::all(static_cast<float>(max_)), inverse = V::all(static_cast<float>(1.0 / temperature_));
-        return sums(token, [&](V::F x) { return V::exp(V::mul(V::sub(x, top), inverse)); });
+        return sums(bound, [&](V::F x) { return V::exp(V::mul(V::sub(x, top), inverse)); });
     }
 
-    // Of equal values those in one direction stand before the token: in the blocks there they count as greater ones.
     template <class Share>
-    Rough sums(Key token, Share share) const {
+    Rough sums(float bound, Share share) const {
         static_assert(kBlock % 16 == 0, "whole vectors");
-        const int64_t at = index(token), own = at / kBlock;
-        const float value = static_cast<float>(x_[at]), under = std::nextafter(value, -INFINITY);
-        const bool low_first = flip_ != 0;
         Rough out;
         F near[kBlock];
         for (int64_t b = 0; b < block_count(); ++b) {
             const int64_t count = block_end(b) - b * kBlock;
             const F* x = peek(b, near);
-            if (count < kBlock || b == own) {
+            if (count < kBlock) {
                 if (x != near) std::copy_n(x, count, near);
                 std::fill(near + count, near + kBlock, static_cast<F>(-INFINITY));
                 x = near;
             }
-            if (b == own)  // here one by one: what stands before goes up by next to nothing
-                for (int64_t j = 0; j < count; ++j)
-                    if (key(near[j], static_cast<uint32_t>(b * kBlock + j)) > token)
-                        near[j] = near[j] > value ? near[j] : static_cast<F>(std::nextafter(value, INFINITY));
-            const bool before = b != own && (b < own) == low_first;
-            add_rough(reinterpret_cast<const float*>(x), kBlock, before ? under : value, share, out);
+            add_rough(reinterpret_cast<const float*>(x), kBlock, bound, share, out);
         }
         return out;
     }
