@@ -268,7 +268,7 @@ def test_top_p_drawn_without_its_cut_gives_the_token_that_the_cut_gives(numbers:
 @pytest.mark.parametrize(
     ("kind", "vocabulary"),
     [("distinct", 3000), ("distinct", 9000), ("ties", 9000), ("steep", 3000), ("steep", 9000), ("few", 9000),
-     ("penalised", 9000)],
+     ("penalised", 9000), ("far", 3000), ("far", 9000)],
 )  # fmt: skip
 def test_top_p_whose_cut_stands_at_the_token_drawn_from_everything(
     kind: str, vocabulary: int, profile: str | None
@@ -280,7 +280,8 @@ def test_top_p_whose_cut_stands_at_the_token_drawn_from_everything(
     generator = torch.Generator().manual_seed(6)
     place, normal = torch.arange(vocabulary), torch.randn(vocabulary, generator=generator)
     few = torch.where(place % 128 == 50, -2.0, torch.where((place > 3) & (place < 8), 0.0, -1e4))
-    x = {"ties": normal.mul(2).round() / 8, "steep": normal * 3, "few": few}.get(kind, normal * 0.3)
+    far = normal * 2 + 1e7  # the next float32 is a whole unit away
+    x = {"ties": normal.mul(2).round() / 8, "steep": normal * 3, "few": few, "far": far}.get(kind, normal * 0.3)
     same = {"temperature": 0.8, "profile": profile}
     past = None
     after = x
