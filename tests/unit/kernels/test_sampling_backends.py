@@ -281,7 +281,9 @@ def test_top_p_whose_cut_stands_at_the_token_drawn_from_everything(
     place, normal = torch.arange(vocabulary), torch.randn(vocabulary, generator=generator)
     few = torch.where(place % 128 == 50, -2.0, torch.where((place > 3) & (place < 8), 0.0, -1e4))
     far = normal * 2 + 1e7  # the next float32 is a whole unit away
-    x = {"ties": normal.mul(2).round() / 8, "steep": normal * 3, "few": few, "far": far}.get(kind, normal * 0.3)
+    x = {"ties": normal.mul(2).round() / 8, "steep": normal * 3, "few": few, "far": far}.get(
+        kind, normal * 0.3
+    )
     same = {"temperature": 0.8, "profile": profile}
     past = None
     after = x
