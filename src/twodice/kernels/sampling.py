@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twodice.kernels import dispatch
+from twodice.kernels import dispatch, lent
 from twodice.kernels.sampling_reference import reference
 from twodice.kernels.sampling_settings import NEEDS, Draw, Past, Sampled, Settings
 from twodice.random import noise
+
+lent.lend()
 
 _TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float64: (3, 8)}
 _WORTH_A_THREAD = 131072  # values; below, a second thread costs more than it saves

@@ -34,8 +34,13 @@ import os, sys, torch
 from twodice.kernels import dispatch
 if sys.argv[2] == "dropout":
     from twodice.kernels.dropout import dropout  # lends
-else:
+elif sys.argv[2] == "attention":
     from twodice.kernels.attention import attention  # lends
+else:
+    from twodice.kernels.sampling import native  # lends
+    from twodice.kernels.sampling_settings import Draw
+    from twodice.sampling.chain import pack
+    from twodice.sampling.params import SamplingParams
 torch.set_num_threads(2)
 x = torch.ones(4, 1024, 256)
 torch.mul(x, 2.0)
@@ -44,6 +49,9 @@ if sys.argv[1] == "own":
 before = len(os.listdir("/proc/self/task"))
 if sys.argv[2] == "dropout":
     dropout(x, 6554, 1, 2)
+elif sys.argv[2] == "sampling":
+    packed = pack(SamplingParams(seed=1))
+    native(x[0], packed.settings, Draw(packed.keys, 1, 0))
 else:
     attention(x[None, :1], x[None, :1], x[None, :1], 6554, 1, 2)  # one head, whose rows are shared
 print(len(os.listdir("/proc/self/task")) - before)
@@ -53,7 +61,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 @needs_team
 @needs_native
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no list of threads here")
-@pytest.mark.parametrize("operation", ["dropout", "attention"])
+@pytest.mark.parametrize("operation", ["dropout", "attention", "sampling"])
 @pytest.mark.parametrize(("which", "more"), [("lent", 0), ("own", 1)])
 def test_native_kernels_start_no_threads_beside_those_of_torch(which: str, more: int, operation: str) -> None:
     command = [sys.executable, "-c", COUNT, which, operation]
