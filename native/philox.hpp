@@ -148,16 +148,6 @@ inline void lanes64_portable(const Run& run, uint32_t c0, uint16_t* out) {
     }
 }
 
-// Memory that is asked for while lanes are made, `step` bytes with each 64 of them: making lanes does not wait for memory,
-// and an even stream of requests lets it go on.
-struct Ahead {
-    const char* from = nullptr;
-    int step = 0;
-    TWODICE_INLINE void ask(size_t begin, size_t end) const {  // in 64 lanes; a loop out of line would be no effect to GCC
-        for (size_t at = begin * step; at < end * step; at += 64) __builtin_prefetch(from + at);
-    }
-};
-
 #if TWODICE_X86
 // A 64-bit lane holds one counter's 32-bit word below and rubbish above: the multiplication reads the low half only, so
 // the low half of a product needs no masking and the high half no blending. Eight operations a round for 4 counters.
@@ -172,16 +162,10 @@ TWODICE_AVX2 inline void spread_keys(const Run& run, KeysAvx2& keys) {
     }
 }
 
-TWODICE_AVX2 TWODICE_INLINE void store_lanes(__m256i a, __m256i b, __m256i c, __m256i d, uint16_t* out) {
-    const __m256i ab = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xAA);
-    const __m256i cd = _mm256_blend_epi32(c, _mm256_slli_epi64(d, 32), 0xAA);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(ab, cd));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi64(ab, cd));
-}
-
-// Groups = 1: 32 lanes; Groups = 2: 64 lanes, two chains side by side, since one waits for its own products.
+// The words of 4 counters a group, ab with the first two of each counter side by side, cd with the other two, in the order
+// that store_lanes puts right. Two groups stand beside each other, since one waits for its own products.
 template <int Groups>
-TWODICE_AVX2 TWODICE_INLINE void lanes_avx2(const Run& run, const KeysAvx2& keys, uint32_t c0, uint16_t* out) {
+TWODICE_AVX2 TWODICE_INLINE void words_avx2(const Run& run, const KeysAvx2& keys, uint32_t c0, __m256i* ab, __m256i* cd) {
     const __m256i m0 = _mm256_set1_epi64x(kMultiplier0), m1 = _mm256_set1_epi64x(kMultiplier1);
     const __m256i first_c2 = _mm256_set1_epi64x(run.first_c2), second_c0 = _mm256_set1_epi64x(run.second_c0);
     const __m256i second_c2 = _mm256_set1_epi64x(run.second_c2), second_c3 = _mm256_set1_epi64x(run.second_c3);
@@ -207,7 +191,23 @@ TWODICE_AVX2 TWODICE_INLINE void lanes_avx2(const Run& run, const KeysAvx2& keys
             d[g] = p0;
         }
     }
-    for (int g = 0; g < Groups; ++g) store_lanes(a[g], b[g], c[g], d[g], out + 32 * g);
+    for (int g = 0; g < Groups; ++g) {
+        ab[g] = _mm256_blend_epi32(a[g], _mm256_slli_epi64(b[g], 32), 0xAA);
+        cd[g] = _mm256_blend_epi32(c[g], _mm256_slli_epi64(d[g], 32), 0xAA);
+    }
+}
+
+TWODICE_AVX2 TWODICE_INLINE void store_lanes(__m256i ab, __m256i cd, uint16_t* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(ab, cd));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi64(ab, cd));
+}
+
+// Groups = 1: 32 lanes; Groups = 2: 64 lanes.
+template <int Groups>
+TWODICE_AVX2 TWODICE_INLINE void lanes_avx2(const Run& run, const KeysAvx2& keys, uint32_t c0, uint16_t* out) {
+    __m256i ab[Groups], cd[Groups];
+    words_avx2<Groups>(run, keys, c0, ab, cd);
+    for (int g = 0; g < Groups; ++g) store_lanes(ab[g], cd[g], out + 32 * g);
 }
 
 struct KeysAvx512 {
@@ -226,9 +226,10 @@ TWODICE_AVX512 TWODICE_INLINE __m512i high_words(__m512i v) {
     return _mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(0xF5));
 }
 
-// 64 lanes a group (8 counters); the exclusive or of three is one instruction here.
+// The words of 8 counters a group, as words_avx2; the exclusive or of three is one instruction here.
 template <int Groups>
-TWODICE_AVX512 TWODICE_INLINE void lanes_avx512(const Run& run, const KeysAvx512& keys, uint32_t c0, uint16_t* out) {
+TWODICE_AVX512 TWODICE_INLINE void words_avx512(const Run& run, const KeysAvx512& keys, uint32_t c0, __m512i* ab,
+                                                __m512i* cd) {
     const __m512i m0 = _mm512_set1_epi64(kMultiplier0), m1 = _mm512_set1_epi64(kMultiplier1);
     const __m512i first_c2 = _mm512_set1_epi64(run.first_c2), second_c0 = _mm512_set1_epi64(run.second_c0);
     const __m512i second_c2 = _mm512_set1_epi64(run.second_c2), second_c3 = _mm512_set1_epi64(run.second_c3);
@@ -253,35 +254,39 @@ TWODICE_AVX512 TWODICE_INLINE void lanes_avx512(const Run& run, const KeysAvx512
             d[g] = p0;
         }
     }
+    // The low words of b and d into the high halves of a and c: one shuffle each.
     for (int g = 0; g < Groups; ++g) {
-        const __m512i ab = _mm512_mask_blend_epi32(0xAAAA, a[g], _mm512_slli_epi64(b[g], 32));
-        const __m512i cd = _mm512_mask_blend_epi32(0xAAAA, c[g], _mm512_slli_epi64(d[g], 32));
-        _mm512_storeu_si512(out + 64 * g, _mm512_unpacklo_epi64(ab, cd));
-        _mm512_storeu_si512(out + 64 * g + 32, _mm512_unpackhi_epi64(ab, cd));
+        ab[g] = _mm512_mask_shuffle_epi32(a[g], 0xAAAA, b[g], static_cast<_MM_PERM_ENUM>(0xA0));
+        cd[g] = _mm512_mask_shuffle_epi32(c[g], 0xAAAA, d[g], static_cast<_MM_PERM_ENUM>(0xA0));
     }
 }
 
-TWODICE_AVX2 inline void fill_avx2(const Run& run, uint32_t c0, size_t blocks, uint16_t* out, Ahead ahead) {
+TWODICE_AVX512 TWODICE_INLINE void store_lanes(__m512i ab, __m512i cd, uint16_t* out) {
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab, cd));
+    _mm512_storeu_si512(out + 32, _mm512_unpackhi_epi64(ab, cd));
+}
+
+// 64 lanes a group.
+template <int Groups>
+TWODICE_AVX512 TWODICE_INLINE void lanes_avx512(const Run& run, const KeysAvx512& keys, uint32_t c0, uint16_t* out) {
+    __m512i ab[Groups], cd[Groups];
+    words_avx512<Groups>(run, keys, c0, ab, cd);
+    for (int g = 0; g < Groups; ++g) store_lanes(ab[g], cd[g], out + 64 * g);
+}
+
+TWODICE_AVX2 inline void fill_avx2(const Run& run, uint32_t c0, size_t blocks, uint16_t* out) {
     KeysAvx2 keys;
     spread_keys(run, keys);
-    for (size_t i = 0; i < blocks; ++i) {
-        ahead.ask(i, i + 1);
-        lanes_avx2<2>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
-    }
+    for (size_t i = 0; i < blocks; ++i) lanes_avx2<2>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
 }
 
-TWODICE_AVX512 inline void fill_avx512(const Run& run, uint32_t c0, size_t blocks, uint16_t* out, Ahead ahead) {
+TWODICE_AVX512 inline void fill_avx512(const Run& run, uint32_t c0, size_t blocks, uint16_t* out) {
     KeysAvx512 keys;
     spread_keys(run, keys);
     size_t i = 0;
-    for (; i + 4 <= blocks; i += 4) {
-        ahead.ask(i, i + 4);
+    for (; i + 4 <= blocks; i += 4)
         lanes_avx512<4>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
-    }
-    for (; i < blocks; ++i) {
-        ahead.ask(i, i + 1);
-        lanes_avx512<1>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
-    }
+    for (; i < blocks; ++i) lanes_avx512<1>(run, keys, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
 }
 #endif
 
@@ -334,19 +339,16 @@ TWODICE_INLINE void lanes_neon(const Run& run, uint32_t c0, uint16_t* out) {
 
 // Lanes of `counters` consecutive counters (c0, c1, c2, c3), (c0 + 1, ...), eight each, into `out`. `run` has its key
 // and its row. Exactly 8 * counters values are written.
-inline void fill_lanes(const Run& run, uint32_t c0, size_t counters, uint16_t* out, Ahead ahead = {}) {
+inline void fill_lanes(const Run& run, uint32_t c0, size_t counters, uint16_t* out) {
     const size_t blocks = counters / 8, rest = counters % 8;
     switch (simd_level().load(std::memory_order_relaxed)) {
 #if TWODICE_X86
-        case Simd::avx512: fill_avx512(run, c0, blocks, out, ahead); break;
-        case Simd::avx2: fill_avx2(run, c0, blocks, out, ahead); break;
+        case Simd::avx512: fill_avx512(run, c0, blocks, out); break;
+        case Simd::avx2: fill_avx2(run, c0, blocks, out); break;
 #endif
 #if TWODICE_NEON
         case Simd::neon:
-            for (size_t i = 0; i < blocks; ++i) {
-                ahead.ask(i, i + 1);
-                lanes_neon<2>(run, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
-            }
+            for (size_t i = 0; i < blocks; ++i) lanes_neon<2>(run, c0 + 8u * static_cast<uint32_t>(i), out + 64 * i);
             break;
 #endif
         default:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "blake2b.hpp"
+#include "lanes_low.hpp"
 #include "noise.hpp"
 #include "sampling_types.hpp"
 #include "threads.hpp"

@@ -11,8 +11,8 @@ class Chain : public Draw<F> {
         Base::least_of, Base::block_count, Base::block_end, Base::list, Base::z_of, Base::whole, Base::for_kept,
         Base::make_list, Base::first, Base::collect, Base::sort_list, Base::top_, Base::temperature_, Base::cut_,
         Base::have_list_, Base::sorted_, Base::apply, Base::top_p_whole, Base::surprise_of, Base::final_z, Base::at_,
-        Base::mixed_, Base::mu_, Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::draw_as_read,
-        Base::draw_list, Base::draw_all, Base::kLazy;
+        Base::mixed_, Base::mu_, Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::kHead, Base::draw_as_read,
+        Base::draw_list, Base::draw_all;
 
    public:
     using Base::Base;
@@ -48,7 +48,7 @@ class Chain : public Draw<F> {
     // Whether the prefix need not be known: nothing follows that reads it.
     bool lazy(const uint8_t* stage) const {
         constexpr int kReads = kNeedLogprob | kNeedKept | kNeedMass | kNeedEntropy;
-        return sizeof(F) == 4 && stage[1] == kEnd && (job_.need & kReads) == 0 && mild(temperature_) && n_ >= kLazy;
+        return sizeof(F) == 4 && stage[1] == kEnd && (job_.need & kReads) == 0 && mild(temperature_);
     }
 
     // Draws under top-p without its cut: the token drawn from everything is the one of the kept ones if it is kept, which
@@ -78,11 +78,12 @@ class Chain : public Draw<F> {
         int64_t blocks = 0;
         for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
         if (!(small > 0) || blocks > kFew) return false;
-        collect(bound, list());
+        auto& keys = list();
+        collect(bound, keys);
+        if (static_cast<int64_t>(keys.size()) > kHead + n_ / kHead) return false;  // to sort them takes longer than the draw
         have_list_ = true;
         sorted_ = false;
         sort_list();
-        auto& keys = list();
         int64_t all = 0, sum = 0;
         for (const Key k : keys) all += noise_weight(z_of(k));
         const double least = p * static_cast<double>(all);

@@ -13,8 +13,8 @@ class Draw : public Stages<F> {
         Base::argmax, Base::list, Base::z_of, Base::top_, Base::temperature_, Base::cut_, Base::final_z, Base::at_;
     using V = Vector16;
     static_assert(kDrawn == 16, "one vector of blocks");
-    static constexpr int64_t kTried = 64;   // tokens of a list whose noise is looked at in one go
-    static constexpr int64_t kLazy = 1024;  // tokens; below, the plain way is as fast
+    static_assert(kDrawn * kBlock == kLowGroups * kLowGroup && kBlock == 2 * kLowGroup, "one run of low lanes");
+    static constexpr int64_t kTried = 64;  // tokens of a list whose noise is looked at in one go
 
     using Base::Base;
 
@@ -26,8 +26,7 @@ class Draw : public Stages<F> {
     // Whether the draw is from everything, as it comes.
     bool plain(const Settings& set) const {
         const int stages = set.stages[0] == kTemperature;
-        return set.stages[stages] == kEnd && mild(only_temperature(set)) && in_.vocabulary >= kLazy &&
-               !Edits<F>::wanted(job_, set);
+        return set.stages[stages] == kEnd && mild(only_temperature(set)) && !Edits<F>::wanted(job_, set);
     }
 
     // Score, then the lower id, which is the lower index.
@@ -67,17 +66,17 @@ class Draw : public Stages<F> {
     void sift(int64_t from, int64_t to, Ahead ahead, Renew renew, Fn fn) const {
         const uint32_t begin = static_cast<uint32_t>(from * kBlock), end = static_cast<uint32_t>(block_end(to - 1));
         alignas(64) uint16_t lanes[kDrawn * kBlock];
-        fill_lanes(run_, begin >> 3, (end - begin + 7) / 8, lanes, ahead);
         uint16_t most[kDrawn];
         renew(most);
-        for (uint32_t j = begin; j < end; j += 64) {
-            uint64_t mask = low_lanes(lanes + (j - begin), most[(j - begin) / kBlock]);
-            if (mask == 0) continue;
-            if (end - j < 64) mask &= (uint64_t{1} << (end - j)) - 1;
+        uint32_t groups = fill_low_lanes(run_, begin >> 3, (end - begin + 7) / 8, most, lanes, ahead);
+        for (; groups != 0; groups &= groups - 1) {
+            const uint32_t at = kLowGroup * static_cast<uint32_t>(__builtin_ctz(groups));
+            uint64_t mask = low_lanes(lanes + at, most[at / kBlock]);
+            if (end - begin - at < kLowGroup) mask &= (uint64_t{1} << (end - begin - at)) - 1;
             bool better = false;
             for (; mask != 0; mask &= mask - 1) {
-                const uint32_t i = j + static_cast<uint32_t>(__builtin_ctzll(mask));
-                better |= fn(i, uint32_t{lanes[i - begin]});
+                const uint32_t i = at + static_cast<uint32_t>(__builtin_ctzll(mask));
+                better |= fn(begin + i, uint32_t{lanes[i]});
             }
             if (better) renew(most);
         }

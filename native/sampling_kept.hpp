@@ -10,7 +10,7 @@ class Kept : public Row<F> {
     using typename Base::O;
     using typename Base::Key;
     using typename Base::Bits;
-    using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::key, Base::index,
+    using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key, Base::index,
         Base::block_count, Base::block_end, Base::waiting_, Base::waits;
     static constexpr int64_t kChunk = 256;
     static_assert(kChunk % kBlock == 0, "a chunk is whole blocks");
@@ -143,48 +143,34 @@ class Kept : public Row<F> {
         keep_where([&](double z) { return z - log_sum >= log_least; });
     }
 
-    // Every living key whose value is at least `bound`, in order of index.
-    void collect(F bound, std::vector<Key>& out) const {
+    // Every living key whose value is at least `low`, in order of index.
+    void collect(F low, std::vector<Key>& out) const {
         out.clear();
         for (int64_t b = 0; b < block_count(); ++b)
-            if (maxima()[b] >= bound) collect_block(b, bound, out);
+            if (maxima()[b] >= low) collect_block(b, low, INFINITY, out);
     }
 
     void collect_block(int64_t b, F low, F high, std::vector<Key>& out) const {
         hold(b);
-        for (int64_t i = b * kBlock; i < block_end(b); ++i)
-            if (x_[i] >= low && x_[i] <= high && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
-    }
-
-    void collect_block(int64_t b, F bound, std::vector<Key>& out) const {
-        hold(b);
-        const int64_t begin = b * kBlock, end = block_end(b);
-        int64_t i = begin;
-#ifdef TWODICE_LEVEL_AVX2
-        if constexpr (sizeof(F) == 4) {
-            const __m256 least = _mm256_set1_ps(bound);
-            for (; i + 8 <= end; i += 8) {
-                const __m256 v = _mm256_loadu_ps(reinterpret_cast<const float*>(x_ + i));
-                unsigned mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ)));
-                while (mask != 0) {
-                    const int64_t at = i + __builtin_ctz(mask);
-                    if (x_[at] > -INFINITY) out.push_back(key(x_[at], static_cast<uint32_t>(at)));
-                    mask &= mask - 1;
-                }
+        low = std::max(low, std::numeric_limits<F>::lowest());  // what lives
+        const int64_t end = block_end(b);
+        for (int64_t i = b * kBlock; i < end; i += 64)
+            for (uint64_t mask = within(x_ + i, std::min<int64_t>(64, end - i), low, high); mask != 0; mask &= mask - 1) {
+                const int64_t at = i + __builtin_ctzll(mask);
+                out.push_back(key(x_[at], static_cast<uint32_t>(at)));
             }
-        }
-#endif
-        for (; i < end; ++i)
-            if (x_[i] >= bound && x_[i] > -INFINITY) out.push_back(key(x_[i], static_cast<uint32_t>(i)));
     }
 
     // The `count` first keys of the rank order, unsorted; fewer where fewer live. What `count` maxima of blocks reach, so
-    // many values reach: only blocks that reach it are read again.
+    // many values reach: only blocks that reach it are read again. Where there are fewer blocks, the values themselves tell.
     void select(int64_t count, std::vector<Key>& out) {
         F bound = -INFINITY;
-        if (count <= block_count()) {
+        if (count > block_count()) {
+            hold_all();
+            bound = reached_by(count, x_, n_);
+        } else {
             for (bool sure = false; !sure;) {
-                bound = reached_by(count);
+                bound = reached_by(count, maxima().data(), block_count());
                 sure = true;
                 if (!waiting_) break;
                 for (int64_t b = 0; b < block_count(); ++b) {
@@ -201,14 +187,14 @@ class Kept : public Row<F> {
         }
     }
 
-    // A value that at least `count` of the maxima of blocks reach, and not many more, by bisection over the ordered bits.
-    F reached_by(int64_t count) const {
+    // A number that at least `count` of `size` reach, and not many more, by bisection over the ordered bits; -inf where
+    // fewer live.
+    F reached_by(int64_t count, const F* x, int64_t size) const {
         const int64_t enough = count + count / 8;
-        const int64_t size = static_cast<int64_t>(maxima().size());
         Bits low = O::ordered(-INFINITY), high = O::ordered(max_);
         while (high - low > 1) {
             const Bits middle = low + (high - low) / 2;
-            const int64_t found = count_from(maxima().data(), size, O::value(middle));
+            const int64_t found = count_from(x, size, O::value(middle));
             (found >= count ? low : high) = middle;
             if (found >= count && found <= enough) break;
         }

@@ -116,15 +116,44 @@ inline int64_t first_equal(const F* x, F value) {
     return j;
 }
 
-// How many of `count` numbers, a multiple of 16, are at least `bound`.
+// How many of `count` numbers are at least `bound`.
 template <class F>
 inline int64_t count_from(const F* x, int64_t count, F bound) {
     int32_t lanes[16] = {};
-    for (int64_t j = 0; j < count; j += 16)
+    int64_t j = 0, found = 0;
+    for (; j + 16 <= count; j += 16)
         for (int i = 0; i < 16; ++i) lanes[i] += x[j + i] >= bound;
-    int64_t found = 0;
+    for (; j < count; ++j) found += x[j] >= bound;
     for (const int32_t lane : lanes) found += lane;
     return found;
+}
+
+// Which of `count` numbers, at most 64, lie between two bounds, both included: a bit each.
+template <class F>
+inline uint64_t within(const F* x, int64_t count, F low, F high) {
+    uint64_t out = 0;
+    int64_t j = 0;
+#if defined(TWODICE_LEVEL_AVX512)
+    if constexpr (sizeof(F) == 4) {
+        const __m512 least = _mm512_set1_ps(low), most = _mm512_set1_ps(high);
+        for (; j + 16 <= count; j += 16) {
+            const __m512 v = _mm512_loadu_ps(x + j);
+            const __mmask16 up = _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ);
+            out |= static_cast<uint64_t>(_mm512_mask_cmp_ps_mask(up, v, most, _CMP_LE_OQ)) << j;
+        }
+    }
+#elif defined(TWODICE_LEVEL_AVX2)
+    if constexpr (sizeof(F) == 4) {
+        const __m256 least = _mm256_set1_ps(low), most = _mm256_set1_ps(high);
+        for (; j + 8 <= count; j += 8) {
+            const __m256 v = _mm256_loadu_ps(x + j);
+            const __m256 in = _mm256_and_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ), _mm256_cmp_ps(v, most, _CMP_LE_OQ));
+            out |= static_cast<uint64_t>(static_cast<unsigned>(_mm256_movemask_ps(in))) << j;
+        }
+    }
+#endif
+    for (; j < count; ++j) out |= static_cast<uint64_t>(x[j] >= low && x[j] <= high) << j;
+    return out;
 }
 
 // Which of 64 lanes are at most `limit`: a bit each.
