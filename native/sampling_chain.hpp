@@ -10,8 +10,8 @@ class Chain : public Draw<F> {
         Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::peek, Base::key, Base::index, Base::id_of,
         Base::least_of, Base::block_count, Base::block_end, Base::list, Base::z_of, Base::whole, Base::for_kept,
         Base::make_list, Base::first, Base::collect, Base::sort_list, Base::top_, Base::temperature_, Base::cut_,
-        Base::have_list_, Base::sorted_, Base::apply, Base::top_p_whole, Base::surprise_of, Base::final_z, Base::at_,
-        Base::mixed_, Base::mu_, Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::kHead, Base::draw_as_read,
+        Base::have_list_, Base::sorted_, Base::apply, Base::head_top_p, Base::top_p_of_row, Base::surprise_of, Base::final_z, Base::at_,
+        Base::mixed_, Base::mu_, Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::draw_as_read,
         Base::draw_list, Base::draw_all;
 
    public:
@@ -65,39 +65,8 @@ class Chain : public Draw<F> {
             cut_ = drawn + 1;
         }
         cut_ = 0;
-        top_p_whole(p);
+        top_p_of_row(p);
         return have_list_ ? draw_list() : draw_all();
-    }
-
-    // Keeps the prefix, if the few tokens that have a mass to speak of hold it and say where it ends.
-    bool head_top_p(double p) {
-        constexpr int64_t kFew = 64;  // blocks
-        const double small = (1.0 - p) / (8.0 * static_cast<double>(n_));
-        // A little lower than `small` is, for the rounding to float32.
-        const F bound = static_cast<F>(top_ + temperature_ * (std::log(small) - 1e-4) - 1e-6 * std::fabs(top_));
-        int64_t blocks = 0;
-        for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
-        if (!(small > 0) || blocks > kFew) return false;
-        auto& keys = list();
-        collect(bound, keys);
-        if (static_cast<int64_t>(keys.size()) > kHead + n_ / kHead) return false;  // to sort them takes longer than the draw
-        have_list_ = true;
-        sorted_ = false;
-        sort_list();
-        int64_t all = 0, sum = 0;
-        for (const Key k : keys) all += noise_weight(z_of(k));
-        const double least = p * static_cast<double>(all);
-        // A mass that is rounded up has half a unit more than its token.
-        const double most = p * (static_cast<double>(all) + (0x1p42 * small + 0.5) * static_cast<double>(n_)) + 1.0;
-        for (size_t length = 0; length < keys.size() && static_cast<double>(sum) < most;) {
-            if (length > 0 && static_cast<double>(sum) >= least) break;  // may be enough already
-            sum += noise_weight(z_of(keys[length++]));
-            if (static_cast<double>(sum) < most) continue;
-            keys.resize(length);
-            return true;
-        }
-        have_list_ = sorted_ = false;
-        return false;
     }
 
     // Whether a token is within the prefix that top-p keeps.

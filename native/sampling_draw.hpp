@@ -10,7 +10,7 @@ class Draw : public Stages<F> {
     using typename Base::Key;
     using Base::in_, Base::s_, Base::job_, Base::x_, Base::ids_, Base::max_, Base::wide_max_, Base::maxima, Base::hold,
         Base::value_at, Base::key, Base::index, Base::id_of, Base::least_of, Base::block_count, Base::block_end,
-        Base::argmax, Base::list, Base::z_of, Base::top_, Base::temperature_, Base::cut_, Base::final_z, Base::at_;
+        Base::first, Base::in_range, Base::list, Base::z_of, Base::top_, Base::temperature_, Base::cut_, Base::final_z, Base::at_;
     using V = Vector16;
     static_assert(kDrawn == 16, "one vector of blocks");
     static_assert(kDrawn * kBlock == kLowGroups * kLowGroup && kBlock == 2 * kLowGroup, "one run of low lanes");
@@ -182,8 +182,8 @@ class Draw : public Stages<F> {
         run_.set_key(at_.key);
         run_.set_row(at_.position, at_.completion, at_.purpose);
         Best best;
-        const uint32_t first = argmax();  // a good score early lets most others go unread
-        if (key(x_[first], first) >= cut_) best.offer(0.0 + gumbel(at_, id_of(first)), first);
+        const uint32_t top = index(first());  // a good score early lets most others go unread
+        best.offer(0.0 + gumbel(at_, id_of(top)), top);
         for (int64_t begin = 0; begin < block_count();) {
             // Blocks that stand behind each other are drawn in one go.
             const double least = top_ + temperature_ * (best.score - 45.1);
@@ -206,7 +206,7 @@ class Draw : public Stages<F> {
 
     bool try_one(uint32_t at, uint32_t high, Best& best) const {
         const F x = value_at(at);
-        if (!(x > -INFINITY) || key(x, at) < cut_) return false;
+        if (!(x > -INFINITY) || !in_range(key(x, at))) return false;
         const double z = z_of(x);
         if (z + gumbel_bound(high) + 1e-6 < best.score) return false;
         return best.offer(z + gumbel_from_bits(uniform64(at_, id_of(at), high)), at);
@@ -215,7 +215,7 @@ class Draw : public Stages<F> {
     void draw_blocks(int64_t from, int64_t to, Best& best) const {
         if (!ids_) {
             sift(
-                from, to, Ahead{}, [&](uint16_t* most) { limits(from, max_, best.score, most); },
+                from, to, Ahead{}, [&](uint16_t* most) { limits(from, static_cast<F>(top_), best.score, most); },
                 [&](uint32_t i, uint32_t high) { return try_one(i, high, best); });
             return;
         }

@@ -1,7 +1,8 @@
 // What is kept of a row, and sums over it. A part of sampling_level.hpp.
 //
-// Every stage keeps a contiguous range of the rank order (value, then id). What is kept is either a prefix of the whole
-// row, given by the key of its last token (`cut_`), or an explicit list of keys.
+// Every stage keeps a contiguous range of the rank order (value, then id). What is kept is either such a range, given by
+// the key of its first token (`roof_`, where that is not the row's first) and a number that is not above the key of its
+// last (`cut_`), or an explicit list of keys.
 
 template <class F>
 class Kept : public Row<F> {
@@ -11,7 +12,7 @@ class Kept : public Row<F> {
     using typename Base::Key;
     using typename Base::Bits;
     using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key, Base::index,
-        Base::block_count, Base::block_end, Base::waiting_, Base::waits;
+        Base::least_of, Base::block_count, Base::block_end, Base::waiting_, Base::waits;
     static constexpr int64_t kChunk = 256;
     static_assert(kChunk % kBlock == 0, "a chunk is whole blocks");
 
@@ -20,7 +21,8 @@ class Kept : public Row<F> {
     std::vector<Key>& list() const { return buffers().keys; }
     double z_of(F x) const { return (static_cast<double>(x) - top_) / temperature_; }
     double z_of(Key k) const { return z_of(x_[index(k)]); }
-    bool whole() const { return !have_list_ && cut_ == 0; }
+    bool whole() const { return !have_list_ && cut_ == 0 && roof_ == kNoRoof; }
+    bool in_range(Key k) const { return k >= cut_ && k <= roof_; }
 
     // Calls fn(values, count) over everything that is kept, in chunks; what is not kept is -inf there.
     template <class Fn>
@@ -39,13 +41,13 @@ class Kept : public Row<F> {
         for (int64_t begin = 0; begin < n_; begin += kChunk) {
             const int64_t count = n_ - begin < kChunk ? n_ - begin : kChunk;
             for (int64_t b = begin / kBlock; b * kBlock < begin + count; ++b) hold(b);
-            if (cut_ == 0) {
+            if (whole()) {
                 fn(x_ + begin, count);
                 continue;
             }
             for (int64_t j = 0; j < count; ++j) {
                 const F x = x_[begin + j];
-                chunk[j] = key(x, static_cast<uint32_t>(begin + j)) >= cut_ ? x : static_cast<F>(-INFINITY);
+                chunk[j] = in_range(key(x, static_cast<uint32_t>(begin + j))) ? x : static_cast<F>(-INFINITY);
             }
             fn(chunk, count);
         }
@@ -84,21 +86,29 @@ class Kept : public Row<F> {
     // Everything that is kept as a list, unsorted.
     void make_list() {
         if (have_list_) return;
-        collect(cut_ == 0 ? static_cast<F>(-INFINITY) : O::value(static_cast<Bits>(cut_ >> 32)), list());
-        if (cut_ != 0) drop_below(cut_);
+        collect(cut_value(), list(), roof_ == kNoRoof ? INFINITY : O::value(static_cast<Bits>(roof_ >> 32)));
+        keep_if([&](Key k) { return in_range(k); });
         have_list_ = true;
         sorted_ = false;
     }
 
-    void drop_below(Key least) {
+    // The least value that a kept token may have.
+    F cut_value() const { return cut_ == 0 ? static_cast<F>(-INFINITY) : O::value(static_cast<Bits>(cut_ >> 32)); }
+
+    template <class Stays>
+    void keep_if(Stays stays) {
         auto& keys = list();
-        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k < least; }), keys.end());
+        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return !stays(k); }), keys.end());
+    }
+
+    void drop_below(Key least) {
+        keep_if([&](Key k) { return k >= least; });
     }
 
     // The first of what is kept.
     Key first() const {
         if (have_list_) return *std::max_element(list().begin(), list().end());
-        return key(max_, this->first_index());
+        return roof_ == kNoRoof ? key(max_, this->first_index()) : roof_;
     }
 
     // Keep keys from `least` on, which is not above the first.
@@ -111,16 +121,33 @@ class Kept : public Row<F> {
         shrink();
     }
 
-    // A list in the place of a cut where few blocks reach it.
-    void shrink() {
-        const F bound = O::value(static_cast<Bits>(cut_ >> 32));
-        int64_t blocks = 0;
-        for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
-        if (blocks <= 64) make_list();
+    // A list in the place of a range where little of the row is left, for stages that look at all of it.
+    void thin() {
+        if (have_list_ || whole()) return;
+        hold_all();
+        if (8 * count_from(x_, n_, cut_value()) <= n_) make_list();
     }
 
-    // Keep the tokens whose z satisfies a condition that holds for a prefix, and at least the first. The least value for
-    // which it holds is found by bisection over the ordered bits of the floats.
+    // A list in the place of a cut where few blocks reach it.
+    void shrink() {
+        if (count_from(maxima().data(), block_count(), cut_value()) <= 64) make_list();
+    }
+
+    // The least value for which a condition holds that holds for `top` and, with a value, for all between the two; by
+    // bisection over the ordered bits of the floats. The lowest number says that it holds for everything that lives.
+    template <class Holds>
+    static F least_where(F top, Holds holds) {
+        constexpr F kLowest = std::numeric_limits<F>::lowest();
+        Bits low = O::ordered(kLowest), high = O::ordered(top);
+        if (holds(kLowest)) return kLowest;
+        while (high - low > 1) {
+            const Bits middle = low + (high - low) / 2;
+            (holds(O::value(middle)) ? high : low) = middle;
+        }
+        return O::value(high);
+    }
+
+    // Keep the tokens whose z satisfies a condition that holds for a prefix, and at least the first.
     template <class Holds>
     void keep_where(Holds holds) {
         const F top = static_cast<F>(top_);
@@ -128,13 +155,8 @@ class Kept : public Row<F> {
             keep_from(first());
             return;
         }
-        Bits low = O::ordered(-std::numeric_limits<F>::max()), high = O::ordered(top);
-        if (holds(z_of(O::value(low)))) return;  // for everything that lives
-        while (high - low > 1) {
-            const Bits middle = low + (high - low) / 2;
-            (holds(z_of(O::value(middle))) ? high : low) = middle;
-        }
-        keep_from(static_cast<Key>(high) << 32);
+        const F least = least_where(top, [&](F x) { return holds(z_of(x)); });
+        if (least > std::numeric_limits<F>::lowest()) keep_from(least_of(least));
     }
 
     // `ties` keeps the equals of the first, whose z is 0, where none reaches the limit.
@@ -143,11 +165,15 @@ class Kept : public Row<F> {
         keep_where([&](double z) { return z - log_sum >= log_least; });
     }
 
-    // Every living key whose value is at least `low`, in order of index.
-    void collect(F low, std::vector<Key>& out) const {
+    // Every living key whose value is at least `low`, and at most `high`, in order of index.
+    void collect(F low, std::vector<Key>& out, F high = INFINITY) const {
         out.clear();
+        add_collected(low, out, high);
+    }
+
+    void add_collected(F low, std::vector<Key>& out, F high) const {
         for (int64_t b = 0; b < block_count(); ++b)
-            if (maxima()[b] >= low) collect_block(b, low, INFINITY, out);
+            if (maxima()[b] >= low) collect_block(b, low, high, out);
     }
 
     void collect_block(int64_t b, F low, F high, std::vector<Key>& out) const {
@@ -206,22 +232,27 @@ class Kept : public Row<F> {
         sorted_ = true;
     }
 
-    // Length of the shortest prefix of the list at which `reached` becomes true, when the tokens are added one by one in
-    // order of rank, or the whole length; the list is put so that this prefix stands first. `add(sum, values, count)`
-    // adds a chunk. Halves the part in which the end must lie, without sorting all of it.
-    template <class Sum, class Add, class Reached>
-    int64_t prefix(Sum sum, Add add, Reached reached) {
+    // Length of the shortest prefix of the list at which `reached` becomes true, when the shares of tokens are added one by
+    // one in order of rank, or the whole length; the list is put so that this prefix stands first. shares(values, count, out)
+    // gives them. Halves the part in which the end must lie, without sorting all of it.
+    template <class Sum, class Shares, class Reached>
+    int64_t prefix(Sum sum, Shares shares, Reached reached) {
         auto& keys = list();
         int64_t low = 0, high = static_cast<int64_t>(keys.size());
         F chunk[kChunk];
+        Sum share[kChunk];
+        auto share_of = [&](int64_t begin, int64_t count) {
+            for (int64_t j = 0; j < count; ++j) chunk[j] = x_[index(keys[begin + j])];
+            shares(chunk, count, share);
+        };
         while (!sorted_ && high - low > 64) {
             const int64_t middle = low + (high - low) / 2;
             std::nth_element(keys.begin() + low, keys.begin() + middle, keys.begin() + high, std::greater<Key>());
             Sum left = sum;
             for (int64_t begin = low; begin < middle; begin += kChunk) {
                 const int64_t count = middle - begin < kChunk ? middle - begin : kChunk;
-                for (int64_t j = 0; j < count; ++j) chunk[j] = x_[index(keys[begin + j])];
-                add(left, chunk, count);
+                share_of(begin, count);
+                for (int64_t j = 0; j < count; ++j) left += share[j];
             }
             if (reached(left)) {
                 high = middle;
@@ -232,13 +263,15 @@ class Kept : public Row<F> {
         }
         if (!sorted_) std::sort(keys.begin() + low, keys.begin() + high, std::greater<Key>());
         for (int64_t j = low; j < high; ++j) {
-            add(sum, &x_[index(keys[j])], 1);
+            share_of(j, 1);
+            sum += share[0];
             if (reached(sum)) return j + 1;
         }
         return static_cast<int64_t>(keys.size());
     }
 
     double top_ = 0, temperature_ = 1;
-    Key cut_ = 0;
+    static constexpr Key kNoRoof = ~Key{0};
+    Key cut_ = 0, roof_ = kNoRoof;
     bool have_list_ = false, sorted_ = false;
 };

@@ -4,6 +4,7 @@
 #include "sampling_edit.hpp"
 #include "sampling_row.hpp"
 #include "sampling_kept.hpp"
+#include "sampling_levels.hpp"
 #include "sampling_stages.hpp"
 #include "sampling_draw.hpp"
 #include "sampling_chain.hpp"

@@ -2,19 +2,22 @@
 // src/twodice/kernels/sampling_reference.py.
 
 template <class F>
-class Stages : public Kept<F> {
+class Stages : public Levels<F> {
    protected:
-    using Base = Kept<F>;
+    using Base = Levels<F>;
     using typename Base::Moments;
     using typename Base::O;
     using typename Base::Key;
     using typename Base::Bits;
-    using Base::s_, Base::job_, Base::x_, Base::n_, Base::max_, Base::wide_max_, Base::maxima, Base::hold,
-        Base::hold_all, Base::key, Base::index, Base::block_count, Base::block_end, Base::argmax, Base::kChunk,
-        Base::list, Base::z_of, Base::whole, Base::for_kept, Base::total, Base::log_of, Base::log_total,
-        Base::moments, Base::make_list, Base::drop_below, Base::first, Base::keep_from, Base::keep_where, Base::least,
-        Base::collect, Base::collect_block, Base::select, Base::sort_list, Base::prefix, Base::top_,
-        Base::temperature_, Base::cut_, Base::have_list_, Base::sorted_;
+    using Base::s_, Base::job_, Base::x_, Base::n_, Base::max_, Base::wide_max_, Base::maxima, Base::hold, Base::hold_all,
+        Base::key, Base::index, Base::least_of, Base::block_count, Base::block_end, Base::argmax, Base::kChunk, Base::list,
+        Base::z_of, Base::whole, Base::in_range, Base::for_kept, Base::total, Base::log_of, Base::log_total, Base::moments,
+        Base::make_list, Base::thin, Base::keep_if, Base::drop_below, Base::first, Base::keep_from, Base::least_where,
+        Base::keep_where, Base::least, Base::collect, Base::add_collected, Base::select, Base::sort_list, Base::prefix,
+        Base::kLevels, Base::kOfANat, Base::level_of, Base::by_rank, Base::tally, Base::level_reached, Base::end_of,
+        Base::top_, Base::temperature_, Base::roof_, Base::have_list_, Base::sorted_;
+    template <class Sum>
+    using Tally = typename Base::template Tally<Sum>;
 
     using Base::Base;
 
@@ -135,7 +138,7 @@ class Stages : public Kept<F> {
             return;
         }
         if (k >= n_) return;
-        if (cut_ != 0) {
+        if (!whole()) {
             make_list();
             top_k(k, ties);
             return;
@@ -154,28 +157,33 @@ class Stages : public Kept<F> {
         return need < total ? need : total;
     }
 
-    // Length of the shortest prefix of the list whose mass reaches `need`, or the whole length.
-    int64_t mass_prefix(int64_t need) {
-        return prefix(
-            int64_t{0},
-            [&](int64_t& sum, const F* x, int64_t count) {
-                int64_t weight[kChunk];
-                weigh<F>(x, count, top_, temperature_, weight);
-                for (int64_t j = 0; j < count; ++j) sum += weight[j];
-            },
-            [&](int64_t sum) { return sum >= need; });
+    // The masses of tokens, which a prefix adds up.
+    auto masses() const {
+        return [this](const F* x, int64_t count, int64_t* out) { weigh<F>(x, count, top_, temperature_, out); };
     }
 
     void top_p(double p, bool joint) {
-        if (whole() && !joint) {
-            top_p_whole(p);
-            return;
-        }
-        if (!joint) {
-            make_list();
-            list().resize(mass_prefix(need_of(p, total())));
-            return;
-        }
+        if (whole() && !joint && head_top_p(p)) return;
+        top_p_of_row(p, joint);
+    }
+
+    // Keeps the shortest prefix whose mass reaches the need, or everything.
+    void top_p_of_row(double p, bool joint = false) {
+        thin();
+        const auto shares = masses();
+        Tally<int64_t> tallied;
+        int64_t all = have_list_ ? total() : tally(shares, by_rank(), tallied);
+        if (joint) all = mass_of_row();
+        const int64_t need = need_of(p, all) + joint;  // a joint prefix that reaches the need exactly has one token more
+        const auto reached = [need](int64_t sum) { return sum >= need; };
+        if (have_list_)
+            list().resize(prefix(int64_t{0}, shares, reached));
+        else
+            keep_from(end_of(tallied, shares, reached));
+    }
+
+    // Of everything, whatever is kept.
+    int64_t mass_of_row() const {
         hold_all();
         int64_t all = 0;
         for (int64_t begin = 0; begin < n_; begin += kChunk) {
@@ -184,66 +192,33 @@ class Stages : public Kept<F> {
             weigh<F>(x_ + begin, count, wide_max_, temperature_, weight);
             for (int64_t j = 0; j < count; ++j) all += weight[j];
         }
-        make_list();
-        list().resize(mass_prefix(need_of(p, all) + 1));  // a prefix that reaches the need exactly has one token more
+        return all;
     }
 
-    // ---- top-p over a whole row, without a list of it ----
-
-    static constexpr int64_t kSample = 1024, kSampled = 4 * kSample;  // tokens of a sample, and of a row that has one
-    static constexpr int64_t kHead = 64;                             // tokens that often hold the mass
-
-    // The exact prefix. A sample of the row says between which two values the cut will lie; one pass adds up the masses of
-    // all, of what stands above this window, and collects what is in it. Where the cut is not there after all, the window
-    // becomes the rest of the row.
-    void top_p_whole(double p) {
-        hold_all();
-        if (n_ < kSampled && short_top_p(p)) return;
-        F low, high;
-        window(p, low, high);
+    // Keeps the prefix, if the few tokens that have a mass to speak of hold it and say where it ends.
+    bool head_top_p(double p) {
+        constexpr int64_t kFew = 64;  // blocks, and tokens beside one of so many in the row
+        const double small = (1.0 - p) / (8.0 * static_cast<double>(n_));
+        // A little lower than `small` is, for the rounding to float32.
+        const F bound = static_cast<F>(top_ + temperature_ * (std::log(small) - 1e-4) - 1e-6 * std::fabs(top_));
+        int64_t blocks = 0;
+        for (int64_t b = 0; b < block_count(); ++b) blocks += maxima()[b] >= bound;
+        if (!(small > 0) || blocks > kFew) return false;
         auto& keys = list();
-        for (;;) {
-            int64_t all = 0, above = 0;
-            keys.clear();
-            for (int64_t b = 0; b < block_count(); ++b) {
-                int64_t weight[kBlock];
-                const int64_t begin = b * kBlock, count = block_end(b) - begin;
-                weigh<F>(x_ + begin, count, top_, temperature_, weight);
-                int64_t sum = 0, over = 0;
-                for (int64_t j = 0; j < count; ++j) sum += weight[j];
-                if (maxima()[b] > high)
-                    for (int64_t j = 0; j < count; ++j) over += x_[begin + j] > high ? weight[j] : 0;
-                all += sum, above += over;
-                if (maxima()[b] >= low) collect_block(b, low, high, keys);
-            }
-            const int64_t need = need_of(p, all);
-            have_list_ = true;
-            sorted_ = false;
-            const int64_t inside = above < need ? total() : 0;
-            if (above < need && above + inside >= need) {
-                const int64_t length = mass_prefix(need - above);
-                const Key last = *std::min_element(keys.begin(), keys.begin() + length);
-                have_list_ = false;
-                keep_from(last);
-                return;
-            }
-            have_list_ = false;
-            low = -INFINITY;
-            high = max_;
-        }
-    }
-
-    // The same in a short row, if a few tokens hold the mass.
-    bool short_top_p(double p) {
-        const int64_t need = need_of(p, total());
-        select(kHead, list());
+        collect(bound, keys);
+        if (static_cast<int64_t>(keys.size()) > kFew + n_ / kFew) return false;  // to sort them takes longer than the draw
         have_list_ = true;
+        sorted_ = false;
         sort_list();
-        auto& keys = list();
-        int64_t sum = 0;
-        for (size_t length = 0; length < keys.size();) {
+        int64_t all = 0, sum = 0;
+        for (const Key k : keys) all += noise_weight(z_of(k));
+        const double least = p * static_cast<double>(all);
+        // A mass that is rounded up has half a unit more than its token.
+        const double most = p * (static_cast<double>(all) + (0x1p42 * small + 0.5) * static_cast<double>(n_)) + 1.0;
+        for (size_t length = 0; length < keys.size() && static_cast<double>(sum) < most;) {
+            if (length > 0 && static_cast<double>(sum) >= least) break;  // may be enough already
             sum += noise_weight(z_of(keys[length++]));
-            if (sum < need) continue;
+            if (static_cast<double>(sum) < most) continue;
             keys.resize(length);
             return true;
         }
@@ -251,73 +226,95 @@ class Stages : public Kept<F> {
         return false;
     }
 
-    // Between which values the cut lies, by a sample of at most 1,024 tokens: half of the window's mass to each side of the
-    // need, by far more than the sample is likely to be wrong by.
-    void window(double p, F& low, F& high) const {
-        low = -INFINITY;
-        high = max_;
-        if (n_ < kSampled) return;
-        F values[kSample];
-        int64_t weight[kSample];
-        const int64_t step = n_ / kSample;
-        for (int64_t j = 0; j < kSample; ++j) values[j] = x_[j * step];
-        std::sort(values, values + kSample, std::greater<F>());
-        weigh<F>(values, kSample, top_, temperature_, weight);
-        double all = 0, sum = 0;
-        for (const int64_t w : weight) all += static_cast<double>(w);
-        if (!(all > 0)) return;
-        const double margin = 0.06;
-        bool open = true;
-        for (int64_t j = 0; j < kSample; ++j) {
-            sum += static_cast<double>(weight[j]);
-            if (open && sum >= (p - margin) * all) {
-                if (j > 0 && p > margin) high = values[j - 1];
-                open = false;
-            }
-            if (sum > (p + margin) * all) {
-                low = values[j];
-                return;
-            }
-        }
-    }
+    // A token's mass and its part of the entropy's moment.
+    struct Pair {
+        int64_t mass = 0, moment = 0;
+        void operator+=(const Pair& other) { mass += other.mass, moment += other.moment; }
+    };
 
     void top_h(double share) {
-        const Moments all = moments();
-        auto part = [&](const Moments& m) {
-            return static_cast<double>(m.mass) * all.log_total + static_cast<double>(m.moment);
+        thin();
+        const auto pairs = [this](const F* x, int64_t count, Pair* out) {
+            int64_t weight[kChunk], moment[kChunk];
+            weigh_moments<F>(x, count, top_, temperature_, weight, moment);
+            for (int64_t j = 0; j < count; ++j) out[j] = {weight[j], moment[j]};
+        };
+        Tally<Pair> tallied;
+        const Pair all = have_list_ ? this->template sum_of<Pair>(pairs) : tally(pairs, by_rank(), tallied);
+        const double log_sum = log_of(all.mass);
+        auto part = [&](const Pair& sum) {
+            return static_cast<double>(sum.mass) * log_sum + static_cast<double>(sum.moment);
         };
         const double most = share * part(all);
-        make_list();
-        const int64_t size = static_cast<int64_t>(list().size());
-        int64_t length = prefix(
-            Moments{},
-            [&](Moments& sum, const F* x, int64_t count) {
-                int64_t weight[kChunk], moment[kChunk];
-                weigh_moments<F>(x, count, top_, temperature_, weight, moment);
-                for (int64_t j = 0; j < count; ++j) sum.mass += weight[j], sum.moment += moment[j];
-            },
-            [&](const Moments& sum) { return part(sum) > most; });
-        // The token that goes beyond the limit goes, unless the whole list stayed within it.
-        if (length < size || part(all) > most) --length;
-        auto& keys = list();
-        keys.resize(length < 1 ? 1 : length);
-        const Key head = first();
-        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k != head && noise_weight(z_of(k)) == 0; }),
-                   keys.end());
+        const auto beyond = [&](const Pair& sum) { return part(sum) > most; };
+        if (beyond(all)) {  // the token that goes beyond the limit goes, but for the first
+            const Key top = first();
+            Key last;
+            if (have_list_) {
+                auto& keys = list();
+                const int64_t length = prefix(Pair{}, pairs, beyond);
+                last = *std::min_element(keys.begin(), keys.begin() + length);
+            } else {
+                last = end_of(tallied, pairs, beyond);
+            }
+            keep_from(last == top ? top : last + 1);
+        }
+        keep_where([](double z) { return noise_weight(z) > 0; });
     }
 
+    // Keeps the tokens whose surprise is nearest to the entropy, until their mass reaches the need.
     void typical(double p) {
+        thin();
         const Moments all = moments();
-        make_list();
+        const int64_t need = need_of(p, all.mass);
+        auto above = [&](F x) { return (all.log_total - z_of(x)) - all.entropy; };  // the surprise, above the entropy
+        auto& keys = list();
+        if (have_list_) {
+            const double last = last_of_nearest(need, 0, above);
+            keep_if([&](Key k) { return std::fabs(above(x_[index(k)])) <= last; });
+            renew_top();
+            return;
+        }
+        auto level_at = [&](double distance) { return level_of(kOfANat * distance); };
+        Tally<int64_t> tallied;
+        tally(masses(), [&](F x) { return level_at(std::fabs(above(x))); }, tallied);
+        int64_t sum = 0;
+        const int32_t level = level_reached(tallied, [need](int64_t mass) { return mass >= need; }, sum);
+        // `above` falls as values rise, so tokens that are near the entropy are a range, and those of one level two.
+        const F top = static_cast<F>(top_);
+        auto low_at = [&](int32_t most) {  // the least value whose surprise is not too great
+            return least_where(top, [&](F x) { return level_at(std::max(above(x), 0.0)) <= most; });
+        };
+        auto high_at = [&](int32_t most) {  // the least one whose surprise is too small, or the first
+            auto too_small = [&](F x) { return level_at(std::max(-above(x), 0.0)) > most; };
+            return too_small(top) ? least_where(top, too_small) : top;
+        };
+        const F low = low_at(level), high = high_at(level);
+        if (level == 0) {
+            collect(low, keys, high);
+        } else {
+            collect(low, keys, std::nextafter(low_at(level - 1), static_cast<F>(-INFINITY)));
+            add_collected(high_at(level - 1), keys, high);
+        }
+        keep_if([&](Key k) { return in_range(k) && level_at(std::fabs(above(x_[index(k)]))) == level; });
+        const double last = last_of_nearest(need, sum, above);
+        auto too_small = [&](F x) { return above(x) < -last; };
+        if (too_small(top)) keep_under(least_where(top, too_small));
+        keep_from(least_of(least_where(top, [&](F x) { return above(x) <= last; })));
+        renew_top();
+    }
+
+    // The distance from the entropy at which the tokens of the list, added to `sum` from the nearest on, reach the need.
+    template <class Above>
+    double last_of_nearest(int64_t need, int64_t sum, Above above) {
         auto& found = s_.distances;
         found.clear();
         for (const Key k : list()) {
-            const double z = z_of(k);
-            found.push_back({std::fabs((all.log_total - z) - all.entropy), noise_weight(z)});
+            const F x = x_[index(k)];
+            found.push_back({std::fabs(above(x)), noise_weight(z_of(x))});
         }
-        const int64_t need = need_of(p, all.mass);
         auto nearer = [](const Distance& a, const Distance& b) { return a.distance < b.distance; };
-        int64_t low = 0, high = static_cast<int64_t>(found.size()), sum = 0;
+        int64_t low = 0, high = static_cast<int64_t>(found.size());
         while (high - low > 64) {
             const int64_t middle = low + (high - low) / 2;
             std::nth_element(found.begin() + low, found.begin() + middle, found.begin() + high, nearer);
@@ -332,12 +329,21 @@ class Stages : public Kept<F> {
         }
         std::sort(found.begin() + low, found.begin() + high, nearer);
         while (low < high && (sum += found[low].mass) < need) ++low;
-        const double last = found[low < high ? low : high - 1].distance;
-        auto& keys = list();
-        keys.erase(std::remove_if(keys.begin(), keys.end(),
-                                  [&](Key k) { return !(std::fabs((all.log_total - z_of(k)) - all.entropy) <= last); }),
-                   keys.end());
-        renew_top();
+        return found[low < high ? low : high - 1].distance;
+    }
+
+    // Keeps what is less than a value; some of it is kept.
+    void keep_under(F bound) {
+        F most = -INFINITY;
+        for_kept([&](const F* x, int64_t count) {
+            for (int64_t j = 0; j < count; ++j) {
+                const F under = x[j] < bound ? x[j] : static_cast<F>(-INFINITY);
+                most = under > most ? under : most;
+            }
+        });
+        collect(most, list(), most);
+        keep_if([&](Key k) { return in_range(k); });
+        roof_ = *std::max_element(list().begin(), list().end());
     }
 
     void renew_top() { top_ = static_cast<double>(x_[index(first())]); }
@@ -350,20 +356,28 @@ class Stages : public Kept<F> {
             at.purpose = kPurposeXtc;
             if (!(static_cast<double>(uniform64(at, 0, leading16(at, 0)) >> 11) * 0x1p-53 < p)) return;
         }
+        thin();
         const int64_t all = total();
         const double log_sum = log_of(all);
-        make_list();
-        Key last = ~Key{0};  // the least probable of the likely
-        int64_t likely = 0;
-        for (const Key k : list()) {
-            if (!(z_of(k) - log_sum >= set.log_xtc_threshold)) continue;
-            ++likely;
-            last = k < last ? k : last;
+        auto likely = [&](F x) { return z_of(x) - log_sum >= set.log_xtc_threshold; };
+        const F top = static_cast<F>(top_);
+        if (!likely(top)) return;
+        if (expected) make_list();
+        auto& keys = list();
+        if (!have_list_) {
+            collect(least_where(top, likely), keys);
+            keep_if([&](Key k) { return in_range(k); });
         }
-        if (likely < 2) return;
+        Key last = ~Key{0};  // the least probable of the likely
+        int64_t count = 0, gone = 0;
+        for (const Key k : keys) {
+            if (!likely(x_[index(k)])) continue;
+            ++count;
+            last = std::min(k, last);
+        }
+        if (count < 2) return;
         if (expected && p < 1.0) {
-            int64_t gone = 0;
-            for (const Key k : list())
+            for (const Key k : keys)
                 if (k > last) gone += noise_weight(z_of(k));
             const double sum = static_cast<double>(all), stays = 1.0 - p;
             mixed_ = last;
@@ -371,8 +385,10 @@ class Stages : public Kept<F> {
             rest_ = noise_log(stays + p / ((sum - static_cast<double>(gone)) / sum));
             return;
         }
-        auto& keys = list();
-        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k > last; }), keys.end());
+        if (have_list_)
+            keep_if([&](Key k) { return k <= last; });
+        else
+            roof_ = last;
         renew_top();
     }
 
