@@ -25,11 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from benchmarks.sidebyside import turns
@@ -51,6 +55,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top-k + top-p": {"top_k": 50, "top_p": 0.95},
 }
 TIMES_MAX = {"none": 6, "top-k": 3, "top-p": 5, "min-p": 5, "top-k + top-p": 5}
+OF_TRANSFORMERS: dict[str, Callable[[float], Any]] = {
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "top_h": TopHLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+}
 A_CALL = 15e-6  # seconds that each target allows a call beyond its multiple of the max
 TRANSFORMERS = 100
 AS_FAST = 1.1  # what "as fast as" means: the medians of two runs of one call differ by so much here
@@ -95,9 +108,7 @@ def ours(params: Any, history: Any = None) -> Callable[[torch.Tensor], Any]:
 def transformers_way(setting: dict[str, Any]) -> Callable[[torch.Tensor], Any]:
     """What ``generate(do_sample=True)`` does to a batch of logits."""
     chain = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
-    for name, kind in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
-        if name in setting:
-            chain.append(kind(setting[name]))
+    chain.extend(kind(setting[name]) for name, kind in OF_TRANSFORMERS.items() if name in setting)
     return lambda x: torch.multinomial(chain(None, x.float()).softmax(-1), 1)
 
 
@@ -159,15 +170,26 @@ def llama_way(setting: dict[str, Any]) -> Callable[[torch.Tensor], Any] | None:
         return None
     import llama_cpp as c
 
+    made = {
+        "top_n_sigma": c.llama_sampler_init_top_n_sigma,
+        "top_k": c.llama_sampler_init_top_k,
+        "typical_p": lambda p: c.llama_sampler_init_typical(p, 1),
+        "top_p": lambda p: c.llama_sampler_init_top_p(p, 1),
+        "min_p": lambda p: c.llama_sampler_init_min_p(p, 1),
+        "xtc_probability": lambda p: c.llama_sampler_init_xtc(p, setting["xtc_threshold"], 1, 1),
+    }
     chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-    if "top_k" in setting:
-        c.llama_sampler_chain_add(chain, c.llama_sampler_init_top_k(setting["top_k"]))
-    if "top_p" in setting:
-        c.llama_sampler_chain_add(chain, c.llama_sampler_init_top_p(setting["top_p"], 1))
-    if "min_p" in setting:
-        c.llama_sampler_chain_add(chain, c.llama_sampler_init_min_p(setting["min_p"], 1))
-    c.llama_sampler_chain_add(chain, c.llama_sampler_init_temp(0.8))
-    c.llama_sampler_chain_add(chain, c.llama_sampler_init_dist(1))
+    for name, make in made.items():
+        if name in setting:
+            c.llama_sampler_chain_add(chain, make(setting[name]))
+    if "dynatemp_range" in setting:
+        c.llama_sampler_chain_add(chain, c.llama_sampler_init_temp_ext(0.8, setting["dynatemp_range"], 1.0))
+    else:
+        c.llama_sampler_chain_add(chain, c.llama_sampler_init_temp(0.8))
+    if "mirostat_tau" in setting:
+        c.llama_sampler_chain_add(chain, c.llama_sampler_init_mirostat_v2(1, setting["mirostat_tau"], 0.1))
+    else:
+        c.llama_sampler_chain_add(chain, c.llama_sampler_init_dist(1))
     layout = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
     def call(x: torch.Tensor) -> list[int]:
