@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 MAX_VOCABULARY = 1 << 20  # masses are at most 2^42 each, so their sum stays below 2^63
@@ -132,7 +131,7 @@ class Settings:
     reads_history: bool
     reads_prompts: bool
     has_state: bool
-    moves: Tensor
+    moves: npt.NDArray[np.bool_]
     pointers: tuple[int, int, int]
 
     @classmethod
@@ -169,7 +168,7 @@ class Settings:
             bool((repeats | counts | generated).any()),
             bool(generated.any()),
             bool(moves.any()),
-            torch.from_numpy(moves),
+            moves,
             (table.ctypes.data, flat.ctypes.data, numbers.ctypes.data),
         )
 
@@ -235,7 +234,8 @@ class Sampled:
     temperature_entropy : (R,) float64 tensor, nats
         After edits and temperature, before any filter.
     state : (R,) float64 tensor, bits
-        Mirostat's mu after the draw, to be given back at the next position; None where no row has it.
+        Mirostat's mu after the draw, to be given back at the next position; NaN in a row without mirostat,
+        None where no row has it.
     """
 
     tokens: Tensor

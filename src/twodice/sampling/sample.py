@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,15 +148,16 @@ def state_of(value: Any, rows: int, settings: Settings) -> Tensor | None:
     found = found.detach().to("cpu", torch.float64)
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
-    if bool(found.isinf().any()):
+    values = found.numpy()
+    if np.isinf(values).any():
         raise RequestError(
             f"state must be finite, or NaN to start anew; got {found.tolist()[:8]}: give back Sampled.state"
         )
-    idle = ~(found.isnan() | settings.moves)
-    if bool(idle.any()):
-        row = int(idle.nonzero()[0])
+    idle = ~(np.isnan(values) | settings.moves)
+    if idle.any():
+        row = int(idle.argmax())
         raise RequestError(
-            f"state is mirostat's, and row {row} sets no mirostat_tau; got {float(found[row])} there: set "
+            f"state is mirostat's, and row {row} sets no mirostat_tau; got {values[row]} there: set "
             "it, or give NaN there, or None where no row has mirostat"
         )
     return found.contiguous()

@@ -63,7 +63,7 @@ class Verified:
     seeds : tuple of int
         The seed of each row.
     state : (R,) float64 tensor
-        Mirostat's state behind the next token; None where no row has it.
+        Mirostat's state behind the next token, as in `Sampled`.
     fields : dict of str to (R, D + 1) tensor
         Each field that was asked for, for the tokens at the same place; NaN (rank: -1) behind them.
     """
@@ -230,7 +230,7 @@ def verify(
             if name == "rank"
             else torch.full((rows, width), torch.nan, dtype=torch.float64)
         )
-    moves = call.packed.settings.moves.expand(rows)
+    moves = torch.from_numpy(call.packed.settings.moves).expand(rows)
     reached = torch.arange(width) <= call.lengths[:, None]
     still = (reached & ~moves[:, None]).nonzero()
     _put(out, still[:, 0], still[:, 1], call, None)
