@@ -89,14 +89,19 @@ def tensor_of(name: str, value: Any, *, exact: bool = False) -> Tensor:
 
 
 def _unreadable(value: Any, error: Exception) -> str:
-    """What came that makes no tensor; torch's own words only where we know none."""
+    """What came that makes no tensor; torch's own words only of lists, whose parts it names."""
     if value is None:
         return "None"
-    if isinstance(value, list | tuple) and any(isinstance(one, Tensor) for one in value):
-        return f"a {type(value).__name__} of tensors: torch.stack makes one of them"
+    name = type(value).__name__
+    if isinstance(getattr(value, "logits", None), Tensor):
+        return f"{name}, what a model returns: give its logits; .logits[:, -1] has the last position's"
     if str(error).startswith("Overflow"):
         return "an integer beyond 64 bits"
-    return f"{type(value).__name__}: {error}"
+    if not isinstance(value, list | tuple):
+        return name
+    if any(isinstance(one, Tensor) for one in value):
+        return f"a {name} of tensors: torch.stack makes one of them"
+    return f"{name}: {error}"
 
 
 def integers_of(name: str, value: Any, must: str = "integers") -> Tensor:
@@ -109,7 +114,9 @@ def integers_of(name: str, value: Any, must: str = "integers") -> Tensor:
         raise ShapeError(f"{name} must be {must}; got {found.dtype}")
     signed = found.to("cpu", torch.int64).contiguous()
     if found.dtype == torch.uint64 and bool((signed < 0).any()):
-        raise RequestError(f"{name} must be {must} below 2^63; got {int(signed[signed < 0][0]) % 2**64}")
+        raise RequestError(
+            f"{name} must be {must}, each below 2^63; got {int(signed[signed < 0][0]) % 2**64}"
+        )
     return signed
 
 

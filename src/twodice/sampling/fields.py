@@ -151,6 +151,13 @@ def whole(value: Any) -> int | None:
     return None
 
 
+def shown(value: Any) -> str:
+    """What an error shows of a value: all but the digits of an integer that nobody reads."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
 def number(name: str, value: Any, part: str = "") -> float | int | bool:
     """Return `value` as the kind that the table asks for, or raise with field, value and interval."""
     field, given = FIELDS[name], value
@@ -162,17 +169,16 @@ def number(name: str, value: Any, part: str = "") -> float | int | bool:
     is_whole = field.kind in (int, "ids")
     found: Any = whole(value) if is_whole else None
     if not is_whole and not isinstance(value, bool) and hasattr(value, "__float__"):
-        with suppress(TypeError, ValueError):  # an array of several numbers
+        with suppress(TypeError, ValueError, RuntimeError):  # an array of several numbers, or of none
             try:
                 found = float(value)
             except OverflowError:  # an integer that no float holds
                 found = math.inf if value > 0 else -math.inf
     if found is None:
-        raise ConfigError(
-            f"{name}{part} must be {'an integer' if is_whole else 'a number'}; got {given!r} ({field.help})"
-        )
+        kind = "an integer" if is_whole else "a number"
+        raise ConfigError(f"{name}{part} must be {kind}; got {shown(given)} ({field.help})")
     if not field.holds(found):
-        raise ConfigError(f"{name} must be in {field.interval}; got {given!r}{part} ({field.help})")
+        raise ConfigError(f"{name} must be in {field.interval}; got {shown(given)}{part} ({field.help})")
     return found  # type: ignore[no-any-return]
 
 
@@ -188,7 +194,9 @@ def bias(value: Any) -> tuple[tuple[int, float], ...]:
                     raise ConfigError(f"a token id of logit_bias must be written as {token}; got {text!r}")
             id = whole(token)
             if id is None or not 0 <= id < 2**32:
-                raise ConfigError(f"a token id of logit_bias must be an integer in [0, 2^32); got {token!r}")
+                raise ConfigError(
+                    f"a token id of logit_bias must be an integer in [0, 2^32); got {shown(token)}"
+                )
             if id in found:
                 raise ConfigError(f"logit_bias must name each token once; got {id} twice: drop one")
             found[id] = float(number("logit_bias", add, f" at token {id}"))

@@ -130,7 +130,7 @@ def _words(mapping: Mapping[str, Any]) -> dict[str, Any]:
     words = mapping.get("bad_words_ids") or ()
     if not isinstance(words, list | tuple):
         raise ConfigError(f"bad_words_ids must be a list of words, each a list of ids; got {words!r}")
-    banned |= {_one("bad_words_ids", word) for word in words} - set(ends)
+    banned |= {_one("bad_words_ids", word) for word in words} - {end for end in ends if isinstance(end, int)}
     if banned:
         found["banned_tokens"] = token_ids("banned_tokens", banned)
     bias = mapping.get("sequence_bias")

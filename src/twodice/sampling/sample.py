@@ -21,7 +21,7 @@ from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Draw, Past, Sampled, Settings, Status
 from twodice.sampling.arrays import FLOATS, integers_of, readable, returned, tensor_of
 from twodice.sampling.chain import Packed, keys_of, pack, settings_of
-from twodice.sampling.fields import FIELDS, whole
+from twodice.sampling.fields import FIELDS, shown, whole
 from twodice.sampling.params import SamplingParams
 
 SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
@@ -33,7 +33,7 @@ def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
     number = value if type(value) is int else whole(value)
     if number is not None:
         if not 0 <= number < 2**32:
-            raise RequestError(f"{name} must be in [0, 2^32); got {number}")
+            raise RequestError(f"{name} must be in [0, 2^32); got {shown(number)}")
         return number
     must = f"an integer or one a row, ({rows},) integers"
     if value is None or isinstance(value, str):
@@ -306,7 +306,7 @@ def sample(
             params = SamplingParams()
         elif rows == 1:
             params = params[0]
-    if need != ():
+    if type(need) is not tuple or need:
         need = needs_of(need)
     checked_policy(on_bad_row)
     packed = pack(params)

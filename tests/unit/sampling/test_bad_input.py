@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import types
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,16 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
               ("position", "'3'", lambda: sample(X, SEEDED, "3")))),
         (lambda: sample(X, SEEDED, [10**30, 1]), ShapeError, "position must .*got an integer beyond 64 bits"),
         (lambda: sample(X, SEEDED, np.array([1, 2**63 + 1], np.uint64)), RequestError,
-         r"position must be .* below 2\^63; got 9223372036854775809"),
+         r"position must be .*, each below 2\^63; got 9223372036854775809"),
+        (lambda: sample(types.SimpleNamespace(logits=X), SEEDED, 0), ShapeError,
+         r"got SimpleNamespace, what a model returns: give its logits; \.logits\[:, -1\]"),
+        *((lambda wrong=wrong: sample(wrong, SEEDED, 0), ShapeError, f"or numbers; got {got}$")
+          for wrong, got in (("abc", "str"), ({"a": 1}, "dict"))),
+        (lambda: sample(X, SEEDED, 10**5000), RequestError, "position must be .*; got an integer of 16610 b"),
+        (lambda: SamplingParams(seed=-(10**5000)), ConfigError, "seed must .*; got an integer of 16610 b"),
+        (lambda: SamplingParams(top_p=torch.tensor(0.5, device="meta")), ConfigError,
+         "top_p must be a number"),
+        (lambda: sample(X, SEEDED, 0, need=np.array(["ranks"])), ConfigError, "did you mean 'rank'"),
         (lambda: sample(X, SEEDED, 0, allowed_mask=[[2**32, 1], [3, 1]]), ShapeError,
          r"words of 32 bits, in \[-2\^31, 2\^32\); got 1 to 4294967296: put bit id % 32 into word"),
         (lambda: sample(X, SEEDED, 0, allowed_mask=[[-(2**31) - 1, 1], [3, 1]]), ShapeError,
@@ -244,8 +254,9 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
               ("bad_words_ids must name words", {"do_sample": True, "bad_words_ids": [None]}),
               ("unknown field of generation_config '5'", {5: 1}))),
         (lambda: SamplingParams.from_openai({5: 1}), ConfigError, "unknown field of a request 5"),
-        (lambda: SamplingParams(top_p=10**400), ConfigError, r"top_p must be in \[0, 1\]; got 1000"),
-        (lambda: SamplingParams(logit_bias={3: 10**400}), ConfigError, r"in \[-inf, 1e30\]; got 1000"),
+        (lambda: SamplingParams(top_p=10**400), ConfigError, r"top_p must be in \[0, 1\]; got an integer of"),
+        (lambda: SamplingParams(logit_bias={3: 10**400}), ConfigError,
+         r"in \[-inf, 1e30\]; got an integer of 1329 bits"),
         (lambda: sample(X, [SEEDED] * 3, 0), ShapeError, "one a row, 2; got 3"),
         (lambda: sample(X, [], 0), ShapeError, "one a row, 2; got 0"),
         (lambda: sample(torch.zeros(2, 3, 4), SEEDED, 0), ShapeError, r"got \(2, 3, 4\)"),
