@@ -145,7 +145,7 @@ def state_of(value: Any, rows: int, settings: Settings) -> Tensor | None:
     found = tensor_of("state", value, exact=True)
     if found.dtype == torch.bool or found.dtype.is_complex:
         raise ShapeError(f"state must be one number a row, ({rows},); got {found.dtype}")
-    found = found.detach().to("cpu", torch.float64)
+    found = found.detach().to("cpu", torch.float64).resolve_neg()  # the kernels read memory
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
     values = found.numpy()

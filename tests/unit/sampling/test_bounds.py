@@ -26,6 +26,9 @@ def test_a_view_that_is_still_to_be_negated() -> None:
     view = torch.complex(torch.zeros(1, 4), torch.tensor([[1.0, 5.0, 2.0, 3.0]])).conj().imag
     assert view.is_neg()
     assert sample(view, SamplingParams(temperature=0), 0).tokens.tolist() == [0]
+    state = torch.complex(*torch.tensor([[0.0], [-5.0]], dtype=torch.float64)).conj().imag
+    found = sample(view, SamplingParams(mirostat_tau=2.0, mirostat_eta=0.0, seed=0), 0, state=state)
+    assert state.is_neg() and found.state is not None and found.state.tolist() == [5.0]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
