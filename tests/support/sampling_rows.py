@@ -227,9 +227,11 @@ def mask(number: int, rows: int, vocabulary: int) -> Tensor | None:
 
 
 def state(number: int, params: Sequence[SamplingParams], vocabulary: int) -> Tensor | None:
-    """Mirostat's mu for some numbers, a new start in some rows; None where no row has it."""
+    """Mirostat's mu for some numbers, a new start in some rows and in those that have none; None where no row
+    has it."""
     if number % 3 == 0 or all(one.mirostat_tau is None for one in params):
         return None
     generator = np.random.default_rng((number, vocabulary, 4))
     mu = generator.choice([np.nan, -1.0, 0.5, 4.0, 30.0], size=len(params))
+    mu[[one.mirostat_tau is None for one in params]] = np.nan
     return torch.from_numpy(mu)

@@ -121,7 +121,7 @@ class Settings:
     """The settings of R rows, or of one that stands for all rows, packed for the kernels.
 
     `rows` is a structured array of `ROW`. ``ids`` holds every list of every row, ``values`` the float32 that
-    a bias adds to the id at the same place (0 for the other lists).
+    a bias adds to the id at the same place (0 for the other lists). `moves` says which rows have a state.
     """
 
     rows: npt.NDArray[Any]
@@ -131,6 +131,7 @@ class Settings:
     reads_history: bool
     reads_prompts: bool
     has_state: bool
+    moves: npt.NDArray[np.bool_]
     pointers: tuple[int, int, int]
 
     @classmethod
@@ -158,6 +159,7 @@ class Settings:
         generated = (counts & ((table["rules"] & int(Rule.COUNT_PROMPT)) == 0)) | (table["min_tokens"] > 0)
         generated |= (table["penalty"] != 1) & ((table["rules"] & int(Rule.REPEAT_TEXT)) != 0)
         repeats = (table["penalty"] != 1) | (table["ngram"] > 0) | (table["dry_multiplier"] > 0)
+        moves = (table["stages"] == Stage.MIROSTAT).any(axis=1)
         return cls(
             table,
             flat,
@@ -165,7 +167,8 @@ class Settings:
             int(flat.max()) if flat.size else -1,
             bool((repeats | counts | generated).any()),
             bool(generated.any()),
-            bool((table["stages"] == Stage.MIROSTAT).any()),
+            bool(moves.any()),
+            moves,
             (table.ctypes.data, flat.ctypes.data, numbers.ctypes.data),
         )
 
@@ -231,7 +234,8 @@ class Sampled:
     temperature_entropy : (R,) float64 tensor, nats
         After edits and temperature, before any filter.
     state : (R,) float64 tensor, bits
-        Mirostat's mu after the draw, to be given back at the next position; None where no row has it.
+        Mirostat's mu after the draw, to be given back at the next position; NaN in a row without mirostat,
+        None where no row has it.
     """
 
     tokens: Tensor
@@ -248,5 +252,20 @@ class Sampled:
     state: Tensor | None = None
 
     def __repr__(self) -> str:
-        told = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return f"Sampled({', '.join(f'{name}={value!r}' for name, value in told if value is not None)})"
+        return told(self)
+
+
+def told(result: Any) -> str:
+    """What a dataclass of results has, as text; of many seeds the first and last, as torch prints tensors."""
+    parts = []
+    for field in fields(result):
+        value = getattr(result, field.name)
+        if field.name == "seeds" and len(value) > 2 * _EDGE + 2:
+            ends = [*map(str, value[:_EDGE]), "...", *map(str, value[-_EDGE:])]
+            parts.append(f"seeds=({', '.join(ends)})")
+        elif value is not None:
+            parts.append(f"{field.name}={value!r}")
+    return f"{type(result).__name__}({', '.join(parts)})"
+
+
+_EDGE = 3  # seeds of either end

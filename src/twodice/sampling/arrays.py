@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from twodice.errors import ShapeError
+from twodice.errors import RequestError, ShapeError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What logits may be. torch has floats of 8 bits too, which nobody draws from."""
@@ -48,15 +48,25 @@ def _of_numpy(name: str, array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
 
 
-def tensor_of(name: str, value: Any, *, numbers: torch.dtype | None = None) -> Tensor:
+def readable(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it has memory that lies row by row."""
+    if tensor.layout != torch.strided:
+        raise ShapeError(f"{name} must be dense; got {tensor.layout}: .to_dense() makes it so")
+    if tensor.is_meta:
+        raise ShapeError(
+            f"{name} must have values; got a tensor of shape {tuple(tensor.shape)} on the device 'meta', "
+            "which has none: compute it on the CPU or a GPU, with a model whose weights are loaded"
+        )
+    return tensor
+
+
+def tensor_of(name: str, value: Any, *, exact: bool = False) -> Tensor:
     """A tensor over the memory of an array, or of a list of numbers; `name` is what errors call it.
 
-    `numbers` is the type for a list, whose floats torch makes float32 without it.
+    With `exact`, the floats of a list keep their 64 bits; torch makes them float32.
     """
     if isinstance(value, Tensor):
-        if value.layout != torch.strided:
-            raise ShapeError(f"{name} must be dense; got {value.layout}: .to_dense() makes it so")
-        return value
+        return readable(name, value)
     if isinstance(value, np.ndarray):
         return _of_numpy(name, value)
     if hasattr(value, "__dlpack__"):
@@ -67,12 +77,47 @@ def tensor_of(name: str, value: Any, *, numbers: torch.dtype | None = None) -> T
                 f"{name} must be an array that torch can read by DLPack; got {type(value).__name__}: {error}"
             ) from error
     try:
-        return torch.as_tensor(value, dtype=numbers)
+        if not exact:
+            return torch.as_tensor(value)
+        array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ShapeError(
             f"{name} must be a tensor, a NumPy array, an array with __dlpack__, or numbers; "
-            f"got {type(value).__name__}: {error}"
+            f"got {_unreadable(value, error)}"
         ) from error
+    return _of_numpy(name, array)
+
+
+def _unreadable(value: Any, error: Exception) -> str:
+    """What came that makes no tensor; torch's own words only of lists, whose parts it names."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    if isinstance(getattr(value, "logits", None), Tensor):
+        return f"{name}, what a model returns: give its logits; .logits[:, -1] has the last position's"
+    if str(error).startswith("Overflow"):
+        return "an integer beyond 64 bits"
+    if not isinstance(value, list | tuple):
+        return name
+    if any(isinstance(one, Tensor) for one in value):
+        return f"a {name} of tensors: torch.stack makes one of them"
+    return f"{name}: {error}"
+
+
+def integers_of(name: str, value: Any, must: str = "integers") -> Tensor:
+    """The same as contiguous int64 on the CPU; `must` is what errors ask for."""
+    found = tensor_of(name, value)
+    if found.dtype == torch.int64 and found.is_cpu and found.is_contiguous():
+        return found  # as engines keep them: no microsecond for nothing
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not whole and found.numel():  # an empty list comes as floats
+        raise ShapeError(f"{name} must be {must}; got {found.dtype}")
+    signed = found.to("cpu", torch.int64).contiguous()
+    if found.dtype == torch.uint64 and bool((signed < 0).any()):
+        raise RequestError(
+            f"{name} must be {must}, each below 2^63; got {int(signed[signed < 0][0]) % 2**64}"
+        )
+    return signed
 
 
 def _leave(like: Any) -> Leave:

@@ -24,10 +24,10 @@ from twodice.kernels.sampling_settings import Sampled
 from twodice.sampling.arrays import tensor_of
 from twodice.sampling.chain import pack
 from twodice.sampling.explanation import Edit, Explanation, Named, Stage
-from twodice.sampling.fields import FIELDS, is_off
+from twodice.sampling.fields import FIELDS, is_off, whole
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.profiles import SWITCH
-from twodice.sampling.sample import History, history_of, mask_of, sample, state_of
+from twodice.sampling.sample import History, history_of, mask_of, raise_on_bad, sample, state_of
 
 EDITS = ("logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "repetition_penalty",
          "frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "dry_multiplier")  # fmt: skip
@@ -44,7 +44,7 @@ def edited(
     settings = pack(params).settings
     past = history_of(history, settings, rows, vocabulary)
     wide = logits if logits.dtype == torch.float64 else logits.to(torch.float32)
-    return edit(wide, settings, past, mask_of(allowed_mask, rows, vocabulary, wide.device))
+    return edit(wide, settings, past, mask_of(allowed_mask, (rows,), vocabulary, wide.device))
 
 
 def _only(params: SamplingParams, on: Iterable[str]) -> SamplingParams:
@@ -122,10 +122,13 @@ def explain(
 
     Raises
     ------
+    ConfigError
+        If `params` is not one `SamplingParams`, `tokenizer` is none, or another argument is none that can be
+        meant.
     ShapeError
-        If there is more than one row, or a shape does not fit.
+        As for `sample`; and if there is more than one row.
     RequestError
-        If the tokenizer is of another vocabulary, or the row cannot be served.
+        As for `sample`; and if the tokenizer is of another vocabulary.
 
     Notes
     -----
@@ -138,22 +141,24 @@ def explain(
         raise ShapeError(f"explain takes one row, (V,) or (1, V); got {tuple(logits.shape)}: take one row")
     if not isinstance(params, SamplingParams):
         raise ConfigError(f"explain takes one SamplingParams; got {type(params).__name__}")
-    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
-        raise ConfigError(f"top must be an integer of at least 0; got {top!r}")
-    for name, one in (("position", position), ("completion", completion)):
-        if isinstance(one, bool) or not isinstance(one, int):
+    for name, one in (("position", position), ("completion", completion), ("top", top)):
+        if whole(one) is None:
             raise ConfigError(f"{name} must be an integer, for there is one row; got {one!r}")
-    if isinstance(state, int | float):
-        state = torch.tensor([state], dtype=torch.float64)
-    state = state_of(state, 1, "mirostat" in params.stages)
+    position, completion, top = int(position), int(completion), int(top)
+    if top < 0:
+        raise ConfigError(f"top must be at least 0; got {top}")
+    if state is not None:
+        state = tensor_of("state", state, exact=True)
+        state = state_of(state[None] if state.ndim == 0 else state, 1, pack(params).settings)
 
     def draw(settings: SamplingParams, *need: str, mask: Any = None) -> Sampled:
         return sample(
             row, settings, position, history=history, completion=completion, allowed_mask=mask,
-            state=state if "mirostat" in settings.stages else None, need=need, on_bad_row="raise",
+            state=state if "mirostat" in settings.stages else None, need=need, on_bad_row="flag",
         )  # fmt: skip
 
     full = draw(params, "logprob", "raw_logprob", "rank", "kept", "kept_mass", "entropy", mask=allowed_mask)
+    raise_on_bad(full.status, "no token is drawn from another row, so there is nothing to explain")
     params = dataclasses.replace(params, seed=full.seeds[0])
     text_of = _text_of(tokenizer, row.shape[1])
     belief = torch.softmax(row[0].double(), 0)

@@ -5,6 +5,7 @@ The file knows no logits and loads no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -132,24 +133,52 @@ FIELDS: dict[str, Field] = {
 """Every setting of `SamplingParams`, in its order."""
 
 
+def plain(value: Any) -> Any:
+    """A scalar of NumPy or an array without axes as Python's own number; all else as it came."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        with suppress(TypeError, ValueError, RuntimeError):  # of a tensor without values
+            return value.item()
+    return value
+
+
+def whole(value: Any) -> int | None:
+    """The integer that a value without axes is, of whatever library; None if it is none, or a truth."""
+    value = plain(value)
+    if isinstance(value, bool) or not hasattr(value, "__index__") or len(getattr(value, "shape", ())):
+        return None
+    with suppress(TypeError, ValueError, RuntimeError):  # floats of NumPy and torch have the name too
+        return int(value.__index__())
+    return None
+
+
+def shown(value: Any) -> str:
+    """What an error shows of a value: all but the digits of an integer that nobody reads."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
 def number(name: str, value: Any, part: str = "") -> float | int | bool:
     """Return `value` as the kind that the table asks for, or raise with field, value and interval."""
-    field = FIELDS[name]
+    field, given = FIELDS[name], value
+    value = plain(value)
     if field.kind is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be true or false; got {value!r} ({field.help})")
         return value
-    whole = field.kind in (int, "ids")
-    found: Any = None
-    if not isinstance(value, bool) and hasattr(value, "__index__" if whole else "__float__"):
-        with suppress(TypeError, ValueError):  # an array of several numbers, or of fractions
-            found = value.__index__() if whole else float(value)
+    is_whole = field.kind in (int, "ids")
+    found: Any = whole(value) if is_whole else None
+    if not is_whole and not isinstance(value, bool) and hasattr(value, "__float__"):
+        with suppress(TypeError, ValueError, RuntimeError):  # an array of several numbers, or of none
+            try:
+                found = float(value)
+            except OverflowError:  # an integer that no float holds
+                found = math.inf if value > 0 else -math.inf
     if found is None:
-        raise ConfigError(
-            f"{name}{part} must be {'an integer' if whole else 'a number'}; got {value!r} ({field.help})"
-        )
+        kind = "an integer" if is_whole else "a number"
+        raise ConfigError(f"{name}{part} must be {kind}; got {shown(given)} ({field.help})")
     if not field.holds(found):
-        raise ConfigError(f"{name} must be in {field.interval}; got {value!r}{part} ({field.help})")
+        raise ConfigError(f"{name} must be in {field.interval}; got {shown(given)}{part} ({field.help})")
     return found  # type: ignore[no-any-return]
 
 
@@ -163,11 +192,14 @@ def bias(value: Any) -> tuple[tuple[int, float], ...]:
                 text, token = token, int(token)
                 if text != str(token):  # int() also reads "05", "1_0" and " 5"
                     raise ConfigError(f"a token id of logit_bias must be written as {token}; got {text!r}")
-            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < 2**32:
-                raise ConfigError(f"a token id of logit_bias must be an integer in [0, 2^32); got {token!r}")
-            if token in found:
-                raise ConfigError(f"logit_bias must name each token once; got {token} twice: drop one")
-            found[token.__index__()] = float(number("logit_bias", add, f" at token {token!r}"))
+            id = whole(token)
+            if id is None or not 0 <= id < 2**32:
+                raise ConfigError(
+                    f"a token id of logit_bias must be an integer in [0, 2^32); got {shown(token)}"
+                )
+            if id in found:
+                raise ConfigError(f"logit_bias must name each token once; got {id} twice: drop one")
+            found[id] = float(number("logit_bias", add, f" at token {id}"))
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

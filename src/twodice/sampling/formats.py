@@ -89,6 +89,10 @@ def from_generation_config(config: Mapping[str, Any] | Any, *, seed: int | None 
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise ConfigError(f"generation_config must be a mapping, or transformers' object; got {config!r}")
     mapping: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
+    # Arrays and their scalars as lists and numbers, which the file itself would have.
+    mapping = {
+        str(name): value.tolist() if hasattr(value, "tolist") else value for name, value in mapping.items()
+    }
     known = _NO_CHOICE.union(GENERATION, _UNSERVED)
     for name in mapping:
         if name not in known and not name.startswith("_"):  # transformers' own marks begin so
@@ -123,7 +127,10 @@ def _words(mapping: Mapping[str, Any]) -> dict[str, Any]:
     suppressed = mapping.get("suppress_tokens")
     banned = set(token_ids("banned_tokens", suppressed) if suppressed else ())
     # transformers leaves the end token out of its bad words: a text could not end
-    banned |= {_one("bad_words_ids", word) for word in mapping.get("bad_words_ids") or ()} - set(ends)
+    words = mapping.get("bad_words_ids") or ()
+    if not isinstance(words, list | tuple):
+        raise ConfigError(f"bad_words_ids must be a list of words, each a list of ids; got {words!r}")
+    banned |= {_one("bad_words_ids", word) for word in words} - {end for end in ends if isinstance(end, int)}
     if banned:
         found["banned_tokens"] = token_ids("banned_tokens", banned)
     bias = mapping.get("sequence_bias")
@@ -147,6 +154,8 @@ def _words(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one(name: str, word: Any) -> int:
     """The id of a word of one token."""
+    if not isinstance(word, int | list | tuple):
+        raise ConfigError(f"{name} must name words, each a list of ids; got {word!r}")
     ids = (word,) if isinstance(word, int) else tuple(word)
     if len(ids) != 1:
         raise ConfigError(
@@ -283,9 +292,9 @@ def from_openai(request: Mapping[str, Any]) -> SamplingParams:
 _KNOWN = _OTHER_BUSINESS.union(_UNSERVED_BY_OPENAI, _OPENAI, _EXTENSIONS)
 
 
-def _unknown(name: str) -> ConfigError:
+def _unknown(name: Any) -> ConfigError:
     return ConfigError(
-        f"unknown field of a request {name!r}{nearest(name, _KNOWN)}; sampling has "
+        f"unknown field of a request {name!r}{nearest(str(name), _KNOWN)}; sampling has "
         f"{', '.join([*_OPENAI, *_EXTENSIONS])}"
     )
 

@@ -21,6 +21,7 @@ from transformers import LogitsProcessor
 from twodice.errors import ConfigError, ContractError, RequestError, ShapeError
 from twodice.sampling.arrays import tensor_of
 from twodice.sampling.chain import settings_of
+from twodice.sampling.fields import whole
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import SEED_BITS, History, sample
 
@@ -62,7 +63,7 @@ class Processor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self._goes_on(input_ids):
-            self._begin(input_ids)
+            self._begin(input_ids, scores.shape[1])
         self._last = input_ids.clone()
         drawn = sample(
             scores,
@@ -87,8 +88,13 @@ class Processor(LogitsProcessor):
         last = self._last
         return last is not None and ids.shape[1] == last.shape[1] + 1 and torch.equal(ids[:, :-1], last)
 
-    def _begin(self, ids: Tensor) -> None:
+    def _begin(self, ids: Tensor, vocabulary: int) -> None:
         """A new text: what depends on its prompts, once."""
+        if self.pad_token_id is not None and self.pad_token_id >= vocabulary:
+            raise RequestError(
+                f"pad_token_id must be in [0, {vocabulary}), the vocabulary of the logits; got "
+                f"{self.pad_token_id}, which no prompt has: give the id that pads them, or attention_mask"
+            )
         if self.attention_mask is not None and self._prompt is not None:
             if not torch.equal(ids, self._prompt):
                 raise ContractError(
@@ -136,9 +142,10 @@ class Processor(LogitsProcessor):
             prompts = self.attention_mask.shape[0]
         if self.n is not None:
             if rows % self.n or prompts not in (None, rows // self.n):
+                told = "" if prompts is None else f" and {prompts} prompts"
                 raise ShapeError(
-                    f"n={self.n} completions of {prompts or rows // self.n} prompts make "
-                    f"{(prompts or rows // self.n) * self.n} rows; got {rows}: n must be num_return_sequences"
+                    f"n must be num_return_sequences, how many rows each prompt has; got n={self.n}{told} "
+                    f"for {rows} rows: give generate num_return_sequences={self.n}, or another n here"
                 )
             n = self.n
         elif prompts is not None:
@@ -209,8 +216,8 @@ def processor(
         The mask that ``generate`` is given with the prompts. Prompts that are padded on the left draw the
         tokens that they draw alone only if it is known where they begin.
     pad_token_id : int, optional
-        In place of a mask: leading columns with this id are padding. With ``on_bad_row="flag"``: the token
-        that a bad row gets.
+        In [0, V). In place of a mask: leading columns with this id are padding. With ``on_bad_row="flag"``:
+        the token that a bad row gets.
     on_bad_row : "raise" or "flag"
         For rows with NaN, with +inf, or with nothing left. "flag" gives them `pad_token_id`, which must be
         there, and notes it in `Processor.status`.
@@ -224,10 +231,11 @@ def processor(
     ConfigError
         If an argument is none that can be meant.
     ShapeError
-        In ``generate``: if its rows do not fit `params`, `n` or `attention_mask`, or the padding is not left.
+        If `attention_mask` is no mask of padding on the left; in ``generate``: if its rows do not fit
+        `params`, `n` or `attention_mask`.
     RequestError
-        In ``generate``: if two rows would be the same text without having asked for it, or (policy "raise") a
-        row cannot be served.
+        In ``generate``: if `pad_token_id` is not in the vocabulary, two rows would be the same text without
+        having asked for it, or (policy "raise") a row cannot be served.
     ContractError
         In ``generate``: if a processor with a mask is given other prompts.
 
@@ -250,7 +258,8 @@ def processor(
         if not params:
             raise ConfigError("params must hold one SamplingParams for each prompt; got none")
     for name, value, low in (("n", n, 1), ("pad_token_id", pad_token_id, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        number = whole(value)
+        if value is not None and (number is None or number < low):
             raise ConfigError(f"{name} must be an integer of at least {low}; got {value!r}")
     if on_bad_row not in ("raise", "flag"):
         raise ConfigError(f"on_bad_row must be 'raise' or 'flag'; got {on_bad_row!r}")
@@ -258,12 +267,17 @@ def processor(
         raise ConfigError("on_bad_row='flag' gives bad rows pad_token_id; got none: give it, or 'raise'")
     if attention_mask is not None:
         attention_mask = tensor_of("attention_mask", attention_mask).cpu()
-        if attention_mask.ndim != 2:
+        if attention_mask.ndim != 2 or len(attention_mask) == 0:
             raise ShapeError(f"attention_mask must be (prompts, tokens); got {tuple(attention_mask.shape)}")
-        real = (attention_mask != 0).to(torch.int8)
+        if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+            raise ShapeError(
+                "attention_mask must be 1 at tokens and 0 at padding; got other numbers: give the "
+                "tokenizer's mask, not what is added to scores"
+            )
+        real = attention_mask.to(torch.int8)
         if bool((real[:, 1:] < real[:, :-1]).any()):
             raise ShapeError(
                 "attention_mask must have its zeros on the left of each row, as generation needs them; set "
                 "tokenizer.padding_side = 'left'"
             )
-    return Processor(params, n, attention_mask, pad_token_id, on_bad_row)
+    return Processor(params, whole(n), attention_mask, whole(pad_token_id), on_bad_row)

@@ -12,15 +12,16 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from twodice.errors import ConfigError, RequestError, ShapeError, nearest
 from twodice.kernels import sampling as kernel
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, NEEDS, Draw, Past, Sampled, Settings, Status
-from twodice.sampling.arrays import FLOATS, returned, tensor_of
+from twodice.sampling.arrays import FLOATS, integers_of, readable, returned, tensor_of
 from twodice.sampling.chain import Packed, keys_of, pack, settings_of
-from twodice.sampling.fields import FIELDS
+from twodice.sampling.fields import FIELDS, shown, whole
 from twodice.sampling.params import SamplingParams
 
 SEED_BITS = 53  # of a seed that we make: it survives JSON, whose numbers are float64
@@ -29,49 +30,36 @@ History = tuple[Any, Any, Any] | tuple[Any, Any]
 
 def coordinate(value: Any, rows: int, name: str) -> int | Tensor:
     """An integer as it is, one a row as (R,) int64 on the CPU; bounds are checked here, on the host."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not 0 <= value < 2**32:
-            raise RequestError(f"{name} must be in [0, 2^32); got {value!r}")
-        return value
-    found = tensor_of(name, value)
-    # An empty list, of no rows, comes as floats.
-    if (
-        found.dtype == torch.bool
-        or found.dtype.is_complex
-        or (found.dtype.is_floating_point and found.numel())
-    ):
-        raise ShapeError(f"{name} must be an integer or ({rows},) integers; got {found.dtype}")
-    if found.ndim == 0:
-        return coordinate(int(found), rows, name)
+    number = value if type(value) is int else whole(value)
+    if number is not None:
+        if not 0 <= number < 2**32:
+            raise RequestError(f"{name} must be in [0, 2^32); got {shown(number)}")
+        return number
+    must = f"an integer or one a row, ({rows},) integers"
+    if value is None or isinstance(value, str):
+        raise ShapeError(f"{name} must be {must}, in [0, 2^32); got {value!r}: give the number")
+    found = integers_of(name, value, must)
     if found.shape != (rows,):
-        raise ShapeError(f"{name} must be an integer or one a row, ({rows},); got shape {tuple(found.shape)}")
-    found = found.to("cpu", torch.int64).contiguous()
+        raise ShapeError(f"{name} must be {must}; got shape {tuple(found.shape)}")
     if rows and (int(found.min()) < 0 or int(found.max()) >= 2**32):
         raise RequestError(f"{name} must be in [0, 2^32); got {int(found.min())} to {int(found.max())}")
     return found
 
 
-def _integers(name: str, value: Any) -> Tensor:
-    found = tensor_of(f"the {name} of history", value)
-    if found.dtype == torch.int64 and found.is_cpu and found.is_contiguous():
-        return found  # as engines keep it: no microsecond for nothing
-    if found.numel() and (
-        found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool
-    ):
-        raise ShapeError(f"the {name} of history must be integers; got {found.dtype}")
-    return found.to("cpu", torch.int64).contiguous()
-
-
 def _past(value: History, rows: int, vocabulary: int) -> Past:
     if not isinstance(value, tuple | list) or len(value) not in (2, 3):
         raise ShapeError(f"history must be (ids, offsets, prompt_lengths); got {type(value).__name__}")
-    ids, offsets = _integers("ids", value[0]), _integers("offsets", value[1])
+    ids, offsets = (
+        integers_of(f"the {name} of history", value[i]) for i, name in enumerate(("ids", "offsets"))
+    )
     if ids.ndim != 1 or offsets.shape != (rows + 1,):
         raise ShapeError(
             f"history must be (ids (n,), offsets ({rows + 1},), prompt_lengths ({rows},)); "
             f"got ids {tuple(ids.shape)} and offsets {tuple(offsets.shape)}"
         )
-    prompts = None if len(value) == 2 or value[2] is None else _integers("prompt_lengths", value[2])
+    prompts = None
+    if len(value) == 3 and value[2] is not None:
+        prompts = integers_of("the prompt_lengths of history", value[2])
     if prompts is not None and prompts.shape != (rows,):
         raise ShapeError(f"the prompt_lengths of history must be ({rows},); got {tuple(prompts.shape)}")
     past = Past(ids, offsets, prompts)
@@ -114,39 +102,63 @@ def history_of(value: History | None, settings: Settings, rows: int, vocabulary:
     return past if settings.reads_history else None
 
 
-def mask_of(value: Any, rows: int, vocabulary: int, device: torch.device) -> Tensor | None:
-    """The packed mask, (R, ceil(V / 32)) int32 with a contiguous last axis, on the device of the logits."""
+_WORDS_OF_32 = (torch.int32, torch.uint32, torch.int64, torch.uint64)
+_PACKED = (
+    'np.packbits(np.pad(allowed, ((0, 0), (0, -allowed.shape[1] % 32))), axis=1, bitorder="little")'
+    ".view(np.int32)"
+)
+"""How a (rows, vocabulary) array of truths becomes a mask, for the error."""
+
+
+def mask_of(value: Any, lead: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor | None:
+    """The packed mask, (*lead, ceil(V / 32)) int32 with a contiguous last axis, on the logits' device."""
     if value is None:
         return None
     found = tensor_of("allowed_mask", value)
-    words = (vocabulary + 31) // 32
-    if found.shape != (rows, words) or found.dtype not in (torch.int32, torch.uint32):
+    shape = (*lead, (vocabulary + 31) // 32)
+    if found.shape != shape or found.dtype not in _WORDS_OF_32:
+        how = ""
+        if found.dtype == torch.bool:
+            how = f": of truths `allowed` {_PACKED} makes it"
+        elif found.ndim and found.shape[-1] < shape[-1] and found.element_size() == 8:
+            how = ": .view(np.int32) splits words of 64 bits"
         raise ShapeError(
-            f"allowed_mask must be ({rows}, {words}) int32, a bit for each id; "
-            f"got {tuple(found.shape)} of {found.dtype}"
+            f"allowed_mask must be {shape} int32, word id // 32 with bit id % 32 for each id; "
+            f"got {tuple(found.shape)} of {found.dtype}{how}"
         )
+    if found.dtype in (torch.int64, torch.uint64):  # as lists come: the words may be signed or not
+        found = integers_of("allowed_mask", found, "words of 32 bits")
+        if bool(((found < -(2**31)) | (found >= 2**32)).any()):
+            raise ShapeError(
+                "allowed_mask must be words of 32 bits, in [-2^31, 2^32); "
+                f"got {int(found.min())} to {int(found.max())}: put bit id % 32 into word id // 32"
+            )
+        found = torch.where(found < 2**31, found, found - 2**32).to(torch.int32)
     found = found.view(torch.int32).to(device)  # grammar engines fill it on the CPU, logits may be elsewhere
-    return found if found.stride(1) == 1 or words == 1 else found.contiguous()
+    return found if found.stride(-1) == 1 or shape[-1] == 1 else found.contiguous()
 
 
-def state_of(value: Any, rows: int, moves: bool) -> Tensor | None:
-    """Mirostat's state, (R,) float64 on the CPU; `moves` says whether a row has mirostat."""
+def state_of(value: Any, rows: int, settings: Settings) -> Tensor | None:
+    """Mirostat's state, (R,) float64 on the CPU, NaN where a row has none."""
     if value is None:
         return None
-    found = tensor_of("state", value, numbers=torch.float64)
+    found = tensor_of("state", value, exact=True)
     if found.dtype == torch.bool or found.dtype.is_complex:
         raise ShapeError(f"state must be one number a row, ({rows},); got {found.dtype}")
-    found = found.detach().to("cpu", torch.float64)
+    found = found.detach().to("cpu", torch.float64).resolve_neg()  # the kernels read memory
     if found.shape != (rows,):
         raise ShapeError(f"state must be one number a row, ({rows},); got shape {tuple(found.shape)}")
-    if bool(found.isinf().any()):
+    values = found.numpy()
+    if np.isinf(values).any():
         raise RequestError(
             f"state must be finite, or NaN to start anew; got {found.tolist()[:8]}: give back Sampled.state"
         )
-    if not moves and not bool(found.isnan().all()):
+    idle = ~(np.isnan(values) | settings.moves)
+    if idle.any():
+        row = int(idle.argmax())
         raise RequestError(
-            f"state is mirostat's, and no row sets mirostat_tau; got {found.tolist()[:8]}: set it, or give "
-            "None or NaN"
+            f"state is mirostat's, and row {row} sets no mirostat_tau; got {values[row]} there: set "
+            "it, or give NaN there, or None where no row has mirostat"
         )
     return found.contiguous()
 
@@ -227,9 +239,10 @@ def sample(
         Which of n continuations of one request this is; in [0, 2^32).
     allowed_mask : (R, ceil(V / 32)) int32 tensor, optional
         Bit ``id % 32`` of word ``id // 32`` says whether the id may be drawn, as grammar engines pack it.
+        uint32 too, and lists and 64-bit arrays whose numbers fit into 32 bits, signed or not.
     state : (R,) float64 tensor, optional
-        Mirostat's `Sampled.state` of the position before; None, or NaN in a row, starts anew. A number where
-        no row has mirostat is an error.
+        Mirostat's `Sampled.state` of the position before; None, or NaN in a row, starts anew. A row without
+        mirostat has NaN there; a number in it is an error.
     need : names of `Sampled` fields
         What else to return. What is not asked for costs nothing.
     on_bad_row : "raise" or "flag"
@@ -242,10 +255,13 @@ def sample(
 
     Raises
     ------
+    ConfigError
+        If `params`, `need` or `on_bad_row` is none that can be meant.
     ShapeError
-        If shapes do not fit.
+        If shapes or types do not fit.
     RequestError
-        If a coordinate or a token id is out of bounds, or (policy "raise") a row cannot be served.
+        If a coordinate or a token id is out of bounds, a setting lacks the history that it reads, a state the
+        setting that it belongs to, or (policy "raise") a row cannot be served.
 
     Notes
     -----
@@ -267,14 +283,13 @@ def sample(
             on_bad_row=on_bad_row,
         )
         return returned(found, logits)
+    readable("logits", logits)
     if logits.ndim == 1:
         logits = logits[None]
-    dense = logits.layout == torch.strided
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in FLOATS or not dense:
-        what = "" if dense else f", {logits.layout}: .to_dense() makes it so"
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in FLOATS:
         raise ShapeError(
-            "logits must be dense (rows, vocabulary) 16-, 32- or 64-bit floats; "
-            f"got {tuple(logits.shape)} of {logits.dtype}{what}"
+            "logits must be (rows, vocabulary) 16-, 32- or 64-bit floats; "
+            f"got {tuple(logits.shape)} of {logits.dtype}"
         )
     if logits.requires_grad:  # a choice has no gradient
         logits = logits.detach()
@@ -291,7 +306,7 @@ def sample(
             params = SamplingParams()
         elif rows == 1:
             params = params[0]
-    if need != ():
+    if type(need) is not tuple or need:
         need = needs_of(need)
     checked_policy(on_bad_row)
     packed = pack(params)
@@ -300,8 +315,8 @@ def sample(
     past = history_of(history, packed.settings, rows, vocabulary)
     seeds, keys = _seed_rows(packed, rows)
     draw = Draw(keys, coordinate(position, rows, "position"), coordinate(completion, rows, "completion"))
-    mask = None if allowed_mask is None else mask_of(allowed_mask, rows, vocabulary, logits.device)
-    start = None if state is None else state_of(state, rows, packed.settings.has_state)
+    mask = None if allowed_mask is None else mask_of(allowed_mask, (rows,), vocabulary, logits.device)
+    start = None if state is None else state_of(state, rows, packed.settings)
     chosen, bad = kernel.choose(logits, packed.settings, draw, past, mask, start, need)
     if bad != 0 and (on_bad_row or ("raise" if logits.is_cpu else "flag")) == "raise":
         raise_on_bad(chosen.status)
@@ -317,7 +332,7 @@ _WORDS = {
 }
 
 
-def raise_on_bad(status: Tensor) -> None:
+def raise_on_bad(status: Tensor, repair: str = "on_bad_row='flag' marks such rows instead") -> None:
     """Policy "raise" on the (R,) statuses of rows: an error that names the first that cannot be served."""
     if not bool(status.any()):
         return
@@ -326,5 +341,5 @@ def raise_on_bad(status: Tensor) -> None:
     more = f" (and {len(bad) - 1} more rows: {bad[1:9]})" if len(bad) > 1 else ""
     raise RequestError(
         f"each row must have finite logits or -inf, and one to draw; row {bad[0]} has {_WORDS[first]}{more}; "
-        "on_bad_row='flag' returns token -1 and a status instead"
+        f"{repair}"
     )

@@ -43,6 +43,7 @@ from twodice.kernels.sampling_edit import edit
 from twodice.kernels.sampling_settings import MAX_VOCABULARY, Draw, Past, Rule, Sampled, Settings, Stage
 from twodice.sampling.arrays import FLOATS, tensor_of
 from twodice.sampling.chain import each_row, pack
+from twodice.sampling.fields import whole
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import History, coordinate, history_of, ids_beyond, mask_of, needs_of, sample
 
@@ -143,7 +144,7 @@ def shard_candidates(
 
     Raises
     ------
-    ShapeError, RequestError
+    ConfigError, ShapeError, RequestError
         As for `sample`; and where a row has no seed, which every shard must know.
 
     Notes
@@ -160,8 +161,9 @@ def shard_candidates(
         )
     rows, n = shard.shape
     for name, number in (("begin", begin), ("vocabulary", vocabulary)):
-        if isinstance(number, bool) or not hasattr(number, "__index__"):
+        if whole(number) is None:
             raise ShapeError(f"{name} must be an integer; got {number!r}")
+    begin, vocabulary = int(begin), int(vocabulary)
     if not 0 < vocabulary <= MAX_VOCABULARY or not 0 <= begin <= vocabulary - n:
         raise ShapeError(
             f"a shard must lie in the vocabulary, which is at most 2^20; got ids {begin} to {begin + n} of "
@@ -179,7 +181,7 @@ def shard_candidates(
     if settings.highest_id >= vocabulary:
         raise ids_beyond(given, vocabulary)
     past = history_of(history, settings, rows, vocabulary)
-    mask = mask_of(allowed_mask, rows, vocabulary, torch.device("cpu"))
+    mask = mask_of(allowed_mask, (rows,), vocabulary, torch.device("cpu"))
     where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
     raw = shard.to("cpu", torch.float64 if shard.dtype == torch.float64 else torch.float32)
     edited = _edited(raw, settings, past, mask, begin, vocabulary)
@@ -374,11 +376,11 @@ def merge_shards(
     Raises
     ------
     ShapeError
-        If the parts leave ids out, overlap, or have different rows.
+        As for `sample`; and if the parts leave ids out, overlap, or differ in rows, vocabulary or type.
     ConfigError
-        If a field is needed that a shard was not told of.
+        As for `sample`; and if a field is needed that a shard was not told of.
     RequestError
-        As for `sample`, and if settings or coordinates are not those of the shards.
+        As for `sample`; and if settings, coordinates, history or mask are not those of the shards.
 
     Notes
     -----
@@ -418,7 +420,7 @@ def merge_shards(
     where, which = coordinate(position, rows, "position"), coordinate(completion, rows, "completion")
     settings = pack(given).settings if rows else pack(SamplingParams()).settings
     past = history_of(history, settings, rows, vocabulary)
-    mask = mask_of(allowed_mask, rows, vocabulary, torch.device("cpu"))
+    mask = mask_of(allowed_mask, (rows,), vocabulary, torch.device("cpu"))
     call = _call(given, where, which, past, mask)
     if any(part.call != call for part in ordered):
         raise RequestError(

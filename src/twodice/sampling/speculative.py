@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from twodice.errors import ConfigError, RequestError, ShapeError
-from twodice.kernels.sampling_settings import Past, Sampled
-from twodice.sampling.arrays import returned, tensor_of
+from twodice.kernels.sampling_settings import Past, Sampled, told
+from twodice.sampling.arrays import FLOATS, integers_of, readable, returned, tensor_of
 from twodice.sampling.chain import Packed, each_row, pack
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import (
@@ -38,6 +38,7 @@ from twodice.sampling.sample import (
     checked_policy,
     coordinate,
     history_of,
+    mask_of,
     needs_of,
     raise_on_bad,
     sample,
@@ -62,7 +63,7 @@ class Verified:
     seeds : tuple of int
         The seed of each row.
     state : (R,) float64 tensor
-        Mirostat's state behind the next token; None where no row has it.
+        Mirostat's state behind the next token, as in `Sampled`.
     fields : dict of str to (R, D + 1) tensor
         Each field that was asked for, for the tokens at the same place; NaN (rank: -1) behind them.
     """
@@ -74,6 +75,9 @@ class Verified:
     seeds: tuple[int, ...]
     state: Tensor | None
     fields: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        return told(self)
 
 
 def _at(values: Tensor, rows: Tensor, places: Tensor) -> Tensor:
@@ -101,11 +105,8 @@ class _Call:
         if len(rows) == count * width:  # everything: no copy
             logits = self.logits.reshape(count * width, vocabulary)
         else:
-            at = self.logits.device
-            logits = self.logits[rows.to(at), places.to(at)]
-        mask = (
-            None if self.mask is None else self.mask[rows.to(self.mask.device), places.to(self.mask.device)]
-        )
+            logits = _at(self.logits, rows, places)
+        mask = None if self.mask is None else _at(self.mask, rows, places)
         one = len(set(self.params)) == 1
         return sample(
             logits,
@@ -177,11 +178,11 @@ def verify(
     Raises
     ------
     ShapeError
-        If shapes do not fit, or a draft goes on behind -1.
+        As for `sample`; and if a draft goes on behind -1.
     RequestError
-        As for `sample`; and where a row has no seed.
+        As for `sample`; and where a row has no seed, or a drafted token is out of bounds.
     ConfigError
-        If ``kept`` is asked for.
+        As for `sample`; and if ``kept`` is asked for.
 
     Notes
     -----
@@ -217,10 +218,10 @@ def verify(
         return returned(found, logits)
     checked_policy(on_bad_row)
     call = _checked(
-        tensor_of("logits", logits), draft_tokens, params, position, history, completion, allowed_mask, need
+        readable("logits", logits), draft_tokens, params, position, history, completion, allowed_mask, need
     )
     rows, width = logits.shape[:2]
-    start = state_of(state, rows, call.packed.settings.has_state)
+    start = state_of(state, rows, call.packed.settings)
     out = {"tokens": torch.full((rows, width), -1, dtype=torch.int64),
            "status": torch.zeros((rows, width), dtype=torch.int32)}  # fmt: skip
     for name in call.need:
@@ -229,7 +230,7 @@ def verify(
             if name == "rank"
             else torch.full((rows, width), torch.nan, dtype=torch.float64)
         )
-    moves = torch.tensor(["mirostat" in one.stages for one in call.params], dtype=torch.bool)
+    moves = torch.from_numpy(call.packed.settings.moves).expand(rows)
     reached = torch.arange(width) <= call.lengths[:, None]
     still = (reached & ~moves[:, None]).nonzero()
     _put(out, still[:, 0], still[:, 1], call, None)
@@ -267,20 +268,16 @@ def _checked(
     allowed_mask: Any,
     need: Iterable[str],
 ) -> _Call:
-    if logits.ndim != 3 or logits.shape[1] == 0 or logits.shape[2] == 0:
+    if logits.ndim != 3 or logits.shape[1] == 0 or logits.shape[2] == 0 or logits.dtype not in FLOATS:
         raise ShapeError(
-            f"logits must be (rows, drafted tokens + 1, vocabulary); got shape {tuple(logits.shape)}"
+            "logits must be (rows, drafted tokens + 1, vocabulary) 16-, 32- or 64-bit floats; "
+            f"got {tuple(logits.shape)} of {logits.dtype}"
         )
     rows, width, vocabulary = logits.shape
-    draft = tensor_of("draft_tokens", draft_tokens).cpu()
-    if draft.shape != (rows, width - 1) or (
-        draft.numel() and (draft.is_floating_point() or draft.dtype == torch.bool)
-    ):
-        raise ShapeError(
-            f"draft_tokens must be ({rows}, {width - 1}) integers, one fewer a row than logits; "
-            f"got {tuple(draft.shape)} of {draft.dtype}"
-        )
-    draft = draft.to(torch.int64)
+    must = f"({rows}, {width - 1}) integers, one fewer a row than logits"
+    draft = integers_of("draft_tokens", draft_tokens, must)
+    if draft.shape != (rows, width - 1):
+        raise ShapeError(f"draft_tokens must be {must}; got shape {tuple(draft.shape)}")
     if draft.numel() and (int(draft.min()) < -1 or int(draft.max()) >= vocabulary):
         raise RequestError(
             f"draft_tokens must be in [0, {vocabulary}), or -1 behind the end; "
@@ -299,12 +296,6 @@ def _checked(
     asked = needs_of(need)
     if "kept" in asked:
         raise ConfigError("kept cannot be had from verify; drop it, or ask sample for it")
-    words = (vocabulary + 31) // 32
-    mask = None if allowed_mask is None else tensor_of("allowed_mask", allowed_mask)
-    if mask is not None and mask.shape != (rows, width, words):
-        raise ShapeError(
-            f"allowed_mask must be ({rows}, {width}, {words}), one for each place; got {tuple(mask.shape)}"
-        )
 
     def one_a_row(value: Any, name: str) -> Tensor:
         found = coordinate(value, rows, name)
@@ -319,7 +310,7 @@ def _checked(
         one_a_row(position, "position"),
         one_a_row(completion, "completion"),
         history_of(history, packed.settings, rows, vocabulary),
-        mask,
+        mask_of(allowed_mask, (rows, width), vocabulary, logits.device),
         asked,
     )
 

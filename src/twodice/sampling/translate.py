@@ -191,6 +191,8 @@ class _Work:
         if self.to == "sglang" and 0 < t < 1e-6:
             self.given["temperature"] = 0.0
             self.said.append(f"temperature is {t:g}: sglang takes the most probable token below 1e-6.")
+        if self.to == "hf" and t == 0:
+            self.said.append("Say do_sample=False: hf refuses a temperature of 0.")
         for (engine, name, value), (verb, other, near) in _INSTEAD.items():
             if engine == self.to and self.given.get(name) == value:
                 del self.given[name]

@@ -176,8 +176,13 @@ def test_a_wrong_batch_is_refused(engine: Any) -> None:
     seeded = SamplingParams(seed=4)
     with pytest.raises(ShapeError, match="3 of them for 2 rows"):
         texts(engine.model, PROMPTS[:2], twodice.processor([seeded] * 3, pad_token_id=PAD))
-    with pytest.raises(ShapeError, match="n must be num_return_sequences"):
-        texts(engine.model, PROMPTS, twodice.processor(seeded, n=2))
+    for given, told in (({}, ""), ({"attention_mask": mask_of(PROMPTS[:2])}, " and 2 prompts")):
+        with pytest.raises(
+            ShapeError,
+            match=f"n must be num_return_sequences, .*; got n=3{told} for 2 rows: give generate "
+            "num_return_sequences=3, or another n here",
+        ):
+            texts(engine.model, PROMPTS[:2], twodice.processor(seeded, n=3, **given))
     with pytest.raises(ShapeError, match="must have one prompt"):
         texts(engine.model, PROMPTS[:2], twodice.processor(seeded, n=2))
     with pytest.raises(ShapeError, match=r"attention_mask must be that of the prompts, \(prompts, 6\)"):
@@ -203,6 +208,16 @@ def test_a_row_that_cannot_be_served_raises_or_is_flagged_with_the_pad_token() -
     assert flagged.status.tolist() == [0, 1], "a row that was bad once stays marked"
 
 
+@pytest.mark.parametrize("more", [{}, {"on_bad_row": "flag"}, {"attention_mask": torch.ones(2, 2)}], ids=str)
+def test_a_pad_token_that_no_prompt_can_have_is_refused_with_the_vocabulary(more: dict[str, Any]) -> None:
+    ids, scores = torch.tensor([[1, 2], [2, 2]]), torch.zeros(2, 5)
+    twodice.processor(SamplingParams(seed=1), pad_token_id=4, **more)(ids, scores)
+    with pytest.raises(
+        RequestError, match=r"pad_token_id must be in \[0, 5\), the vocabulary .*; got 5, which"
+    ):
+        twodice.processor(SamplingParams(seed=1), pad_token_id=5, **more)(ids, scores)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -216,6 +231,9 @@ def test_a_row_that_cannot_be_served_raises_or_is_flagged_with_the_pad_token() -
         ({"on_bad_row": "greedy"}, ConfigError, "on_bad_row must be"),
         ({"on_bad_row": "flag"}, ConfigError, "gives bad rows pad_token_id; got none"),
         ({"attention_mask": torch.ones(3)}, ShapeError, r"must be \(prompts, tokens\)"),
+        ({"attention_mask": torch.ones(0, 3)}, ShapeError, r"must be \(prompts, tokens\); got \(0, 3\)"),
+        ({"attention_mask": [[-torch.inf, 0.0]]}, ShapeError, "1 at tokens and 0 at padding; got other"),
+        ({"n": True}, ConfigError, "n must be an integer of at least 1; got True"),
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, ShapeError, "padding_side = 'left'"),
     ],
 )

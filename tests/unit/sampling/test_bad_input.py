@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import types
 from typing import Any
 
 import numpy as np
@@ -174,6 +176,7 @@ def test_an_empty_bias_is_none() -> None:
 
 
 X = torch.zeros(2, 40)
+META = X.to("meta")
 DRAFTED = torch.zeros(2, 2, 40)
 SEEDED = SamplingParams(seed=1)
 MIRO = SamplingParams(seed=1, mirostat_tau=3.0)
@@ -195,14 +198,73 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: SamplingParams.from_generation_config("f"), ConfigError, "must be a mapping.*got 'f'"),
         (lambda: SamplingParams.from_generation_config({"suppress_tokens": 5}), ConfigError,
          "banned_tokens must be a list of token ids; got 5"),
-        (lambda: explain(X[:1], SEEDED, position=[3]), ConfigError, "position must be an integer"),
+        *((lambda name=name, value=value: explain(X[:1], SEEDED, **{name: value}), ConfigError,
+           f"{name} must be an integer, for there is one row; got")
+          for name in ("position", "completion", "top")
+          for value in ([3], None, True, np.True_, torch.tensor(True), 3.0, "3", torch.tensor([3]))),
+        (lambda: explain(X[:1], SEEDED, top=-1), ConfigError, "top must be at least 0; got -1"),
+        (lambda: explain(X[:1], SEEDED, position=2**32), RequestError, r"in \[0, 2\^32\); got 4294967296"),
+        (lambda: explain(X[:1], MIRO, state=True), ShapeError, "state must be .*got torch.bool"),
+        *((call, ShapeError, name + r" must have values; .* on the device 'meta'.*: compute it")
+          for name, call in (
+              ("logits", lambda: sample(META, SEEDED, 0)),
+              ("logits", lambda: sample(META, SEEDED, 0, on_bad_row="flag")),
+              ("logits", lambda: verify(DRAFTED.to("meta"), [[1], [1]], SEEDED, 0)),
+              ("logits", lambda: explain(META[:1], SEEDED)),
+              ("logits", lambda: shard_candidates(META, SEEDED, 0, begin=0, vocabulary=40)),
+              ("position", lambda: sample(X, SEEDED, META[:, 0])),
+              ("state", lambda: sample(X, MIRO, 0, state=META[:, 0])),
+              ("the ids of history", lambda: sample(X, COUNTS, 0, history=(META[0], *PAST[1:]))),
+              ("attention_mask", lambda: processor(SEEDED, attention_mask=META)))),
+        *((call, ShapeError, "logits must be .*; got a list of tensors: torch.stack makes one of them")
+          for call in (lambda: sample(list(X), SEEDED, 0),
+                       lambda: verify(list(DRAFTED), [[1], [1]], SEEDED, 0),
+                       lambda: shard_candidates(list(X), SEEDED, 0, begin=0, vocabulary=40))),
+        (lambda: sample(None, SEEDED, 0), ShapeError, "numbers; got None$"),
+        *((call, ShapeError, rf"{name} must be an integer or one a row, .* in \[0, 2\^32\); got {got}: give")
+          for name, got, call in (
+              ("position", "None", lambda: sample(X, SEEDED, None)),
+              ("position", "None", lambda: verify(DRAFTED, [[1], [1]], SEEDED, None)),
+              ("position", "None", lambda: shard_candidates(X, SEEDED, None, begin=0, vocabulary=40)),
+              ("completion", "None", lambda: sample(X, SEEDED, 0, completion=None)),
+              ("position", "'3'", lambda: sample(X, SEEDED, "3")))),
+        (lambda: sample(X, SEEDED, [10**30, 1]), ShapeError, "position must .*got an integer beyond 64 bits"),
+        (lambda: sample(X, SEEDED, np.array([1, 2**63 + 1], np.uint64)), RequestError,
+         r"position must be .*, each below 2\^63; got 9223372036854775809"),
+        (lambda: sample(types.SimpleNamespace(logits=X), SEEDED, 0), ShapeError,
+         r"got SimpleNamespace, what a model returns: give its logits; \.logits\[:, -1\]"),
+        *((lambda wrong=wrong: sample(wrong, SEEDED, 0), ShapeError, f"or numbers; got {got}$")
+          for wrong, got in (("abc", "str"), ({"a": 1}, "dict"))),
+        (lambda: sample(X, SEEDED, 10**5000), RequestError, "position must be .*; got an integer of 16610 b"),
+        (lambda: SamplingParams(seed=-(10**5000)), ConfigError, "seed must .*; got an integer of 16610 b"),
+        (lambda: SamplingParams(top_p=torch.tensor(0.5, device="meta")), ConfigError,
+         "top_p must be a number"),
+        (lambda: sample(X, SEEDED, 0, need=np.array(["ranks"])), ConfigError, "did you mean 'rank'"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=[[2**32, 1], [3, 1]]), ShapeError,
+         r"words of 32 bits, in \[-2\^31, 2\^32\); got 1 to 4294967296: put bit id % 32 into word"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=[[-(2**31) - 1, 1], [3, 1]]), ShapeError,
+         "words of 32 bits, .*got -2147483649 to 3"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=np.ones((2, 1), np.uint64)), ShapeError,
+         r"got \(2, 1\) of torch.uint64: .view\(np.int32\) splits words of 64 bits"),
+        (lambda: verify(DRAFTED, [[1], [1]], SEEDED, 0, allowed_mask=torch.ones(2, 2, 2)), ShapeError,
+         r"must be \(2, 2, 2\) int32.*got \(2, 2, 2\) of torch.float32"),
+        *((lambda name=name, config=config: SamplingParams.from_generation_config(config), ConfigError, name)
+          for name, config in (
+              ("bad_words_ids must be a list of words", {"do_sample": True, "bad_words_ids": 5}),
+              ("bad_words_ids must name words", {"do_sample": True, "bad_words_ids": [None]}),
+              ("unknown field of generation_config '5'", {5: 1}))),
+        (lambda: SamplingParams.from_openai({5: 1}), ConfigError, "unknown field of a request 5"),
+        (lambda: SamplingParams(top_p=10**400), ConfigError, r"top_p must be in \[0, 1\]; got an integer of"),
+        (lambda: SamplingParams(logit_bias={3: 10**400}), ConfigError,
+         r"in \[-inf, 1e30\]; got an integer of 1329 bits"),
         (lambda: sample(X, [SEEDED] * 3, 0), ShapeError, "one a row, 2; got 3"),
         (lambda: sample(X, [], 0), ShapeError, "one a row, 2; got 0"),
         (lambda: sample(torch.zeros(2, 3, 4), SEEDED, 0), ShapeError, r"got \(2, 3, 4\)"),
         (lambda: sample(torch.zeros(2, 0), SEEDED, 0), ShapeError, r"got \(2, 0\)"),
         (lambda: sample(torch.zeros(2, 4).long(), SEEDED, 0), ShapeError, "floats; got .* torch.int64"),
         (lambda: sample(torch.zeros(1, 2**20 + 1), SEEDED, 0), ShapeError, r"at most 2\^20; got 1048577"),
-        (lambda: sample(X, SEEDED, [0, 1, 2]), ShapeError, r"position .*\(2,\); got shape \(3,\)"),
+        (lambda: sample(X, SEEDED, [0, 1, 2]), ShapeError,
+         r"position must be .*\(2,\) integers; got shape \(3,\)"),
         (lambda: sample(X, SEEDED, 0.5), ShapeError, "position must be an integer"),
         (lambda: sample(X, SEEDED, [0.5, 1.5]), ShapeError, "position must be an integer"),
         (lambda: sample(X, SEEDED, 2**32), RequestError, r"position must be in \[0, 2\^32\); got 4294967296"),
@@ -221,13 +283,16 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: verify(DRAFTED, [[1], [1]], SamplingParams(seed=1, mirostat_tau=2), 0, state=[-math.inf, 1]),
          RequestError, "state must be finite"),
         (lambda: sample(X, SEEDED, 0, state=[math.nan, 4.0]), RequestError,
-         r"no row sets mirostat_tau; got \[nan, 4.0\]: set it, or give None or NaN"),
+         "row 1 sets no mirostat_tau; got 4.0 there: set it, or give NaN there, or None"),
+        (lambda: sample(X, [MIRO, SEEDED], 0, state=[4.0, 5.0]), RequestError,
+         "row 1 sets no mirostat_tau; got 5.0 there"),
+        (lambda: sample(X, MIRO, 0, state=[True, False]), ShapeError, "got torch.bool"),
         (lambda: verify(DRAFTED, [[1], [1]], SEEDED, 0, state=[math.nan, 4.0]), RequestError,
-         r"no row sets mirostat_tau; got \[nan, 4.0\]"),
+         "row 1 sets no mirostat_tau; got 4.0 there"),
         (lambda: explain(X[0], SEEDED, position=0, state=4.0), RequestError,
-         r"no row sets mirostat_tau; got \[4.0\]"),
+         "row 0 sets no mirostat_tau; got 4.0 there"),
         (lambda: sample(X.to(torch.float8_e5m2), SEEDED, 0), ShapeError, "64-bit floats; .*float8_e5m2"),
-        (lambda: sample(X.to_sparse(), SEEDED, 0), ShapeError, r"must be dense .*sparse_coo: .to_dense\(\)"),
+        (lambda: sample(X.to_sparse(), SEEDED, 0), ShapeError, r"must be dense; .*sparse_coo: .to_dense\(\)"),
         (lambda: verify(X[None].to_sparse(), [[1]], SEEDED, 0), ShapeError, r"must be dense; .*to_dense\(\)"),
         (lambda: shard_candidates(X.to_sparse(), SEEDED, 0, begin=0, vocabulary=40), ShapeError,
          r"must be dense; .*to_dense\(\)"),
@@ -299,3 +364,67 @@ def test_a_processor_names_what_is_no_settings_and_no_mask() -> None:
 def test_need_that_is_no_name_lists_the_names() -> None:
     with pytest.raises(ConfigError, match=r"need names fields of Sampled; got 5; there are .*logprob"):
         sample(torch.zeros(1, 5), SamplingParams(seed=0), 0, need=5)  # type: ignore[arg-type]
+
+
+SCALARS = [np.int64, np.int32, np.uint64, np.uint8, torch.tensor, np.array]
+
+
+@pytest.mark.parametrize("make", SCALARS)
+def test_an_integer_of_another_library_is_that_integer(make: Any) -> None:
+    three, two = make(3), make(2)
+    assert sample(X, SEEDED, three, completion=two).tokens.equal(sample(X, SEEDED, 3, completion=2).tokens)
+    found = explain(X[0], SEEDED, position=three, completion=two, top=two)
+    assert found == explain(X[0], SEEDED, position=3, completion=2, top=2)
+    assert json.dumps(found.to_dict()), "Python's own numbers go into the record"
+    assert SamplingParams(top_k=three, seed=two) == SamplingParams(top_k=3, seed=2)
+    assert processor(SEEDED, n=two, pad_token_id=three)(torch.tensor([[3, 1], [3, 1]]), X).shape == X.shape
+    part = shard_candidates(X, SEEDED, three, begin=make(0), vocabulary=make(40))
+    assert (type(part.begin), type(part.end), type(part.vocabulary)) == (int, int, int)
+    assert merge_shards([part], SEEDED, 3).tokens.equal(sample(X, SEEDED, 3).tokens)
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, torch.tensor, np.array, lambda value: [value]])
+def test_a_state_of_one_row_may_be_any_number(make: Any) -> None:
+    assert explain(X[0], MIRO, state=make(4.5)) == explain(X[0], MIRO, state=4.5)
+
+
+def test_a_truth_of_numpy_is_a_truth_and_no_number() -> None:
+    params = SamplingParams(xtc_probability=0.5, xtc_by_expectation=np.True_)
+    assert params.xtc_by_expectation is True
+    for truth in (np.True_, torch.tensor(True)):
+        with pytest.raises(ConfigError, match="top_k must be an integer; got"):
+            SamplingParams(top_k=truth)
+
+
+def test_explain_tells_of_a_bad_row_in_words_that_it_has() -> None:
+    with pytest.raises(RequestError, match=r"row 0 has NaN among.*nothing to explain") as caught:
+        explain(torch.full((5,), torch.nan), SEEDED)
+    assert "on_bad_row" not in str(caught.value)
+
+
+def test_a_mask_may_be_what_engines_and_lists_have() -> None:
+    words = [[0x90000003, 0xFF], [0xFFFFFFFF, 1]]
+    signed = [[word - 2**32 if word >= 2**31 else word for word in row] for row in words]
+    wanted = sample(X, SEEDED, 0, allowed_mask=torch.tensor(signed, dtype=torch.int32), need=("kept",))
+    assert wanted.kept is not None and wanted.kept[1][:4].tolist() == [0, 1, 28, 31]
+    for mask in (words, signed, np.array(words), np.array(words, np.uint32), np.array(words, np.uint64),
+                 np.array(signed, np.int32), torch.tensor(words), torch.tensor(signed)):  # fmt: skip
+        found = sample(X, SEEDED, 0, allowed_mask=mask, need=("kept",))
+        assert found.kept is not None and found.kept[1].equal(wanted.kept[1])
+        assert found.tokens.equal(wanted.tokens)
+        both = verify(DRAFTED, [[-1], [-1]], SEEDED, 0, allowed_mask=[[row, row] for row in words])
+        assert both.next_tokens.equal(wanted.tokens)
+
+
+def test_the_error_for_a_mask_of_truths_says_how_to_pack_it() -> None:
+    allowed = np.random.default_rng(0).random((2, 40)) < 0.3
+    with pytest.raises(ShapeError, match=r"of torch.bool: of truths `allowed` ") as caught:
+        sample(X, SEEDED, 0, allowed_mask=allowed)
+    how = re.search(r"`allowed` (.*) makes it$", str(caught.value)).group(1)  # type: ignore[union-attr]
+    found = sample(X, SEEDED, 0, allowed_mask=eval(how, {"np": np, "allowed": allowed}), need=("kept",))
+    assert found.kept is not None and found.kept[1].tolist() == np.nonzero(allowed)[1].tolist()
+
+
+def test_a_generation_config_may_hold_arrays() -> None:
+    config = {"do_sample": np.True_, "suppress_tokens": np.array([4, 2]), "top_k": np.int64(5)}
+    assert SamplingParams.from_generation_config(config) == SamplingParams(top_k=5, banned_tokens=[2, 4])

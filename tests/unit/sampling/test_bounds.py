@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twodice.errors import ConfigError
+from twodice.errors import ConfigError, ShapeError
 from twodice.kernels import dispatch
 from twodice.sampling.chain import Packs
 from twodice.sampling.formats import from_generation_config
@@ -18,7 +18,7 @@ PLAIN = SamplingParams(seed=0)
 def test_a_mask_of_another_device_is_not_read_as_an_address() -> None:
     # "meta" stands for a GPU here: its address is 0, which the kernel takes as no mask at all.
     mask = torch.zeros(1, 1, dtype=torch.int32, device="meta")
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ShapeError, match=r"allowed_mask must have values; .* 'meta'"):
         sample(torch.zeros(1, 4), PLAIN, 0, allowed_mask=mask)
 
 
@@ -26,6 +26,9 @@ def test_a_view_that_is_still_to_be_negated() -> None:
     view = torch.complex(torch.zeros(1, 4), torch.tensor([[1.0, 5.0, 2.0, 3.0]])).conj().imag
     assert view.is_neg()
     assert sample(view, SamplingParams(temperature=0), 0).tokens.tolist() == [0]
+    state = torch.complex(*torch.tensor([[0.0], [-5.0]], dtype=torch.float64)).conj().imag
+    found = sample(view, SamplingParams(mirostat_tau=2.0, mirostat_eta=0.0, seed=0), 0, state=state)
+    assert state.is_neg() and found.state is not None and found.state.tolist() == [5.0]
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -22,6 +22,7 @@ from twodice.random.keys import Key
 from twodice.sampling.chain import keys_of
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
+from twodice.sampling.speculative import verify
 
 
 def logits_of(rows: int, vocabulary: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
@@ -47,6 +48,24 @@ def test_what_was_not_asked_for_is_not_printed() -> None:
     )
     asked = repr(sample(x, SamplingParams(seed=5, mirostat_tau=2.0), 0, need=("rank",)))
     assert re.findall(r"(\w+)=(?!torch)", asked) == ["tokens", "status", "seeds", "rank", "state"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (0, "()"),
+        (1, "(1000000,)"),
+        (8, f"({', '.join(str(10**6 + i) for i in range(8))})"),
+        (9, "(1000000, 1000001, 1000002, ..., 1000006, 1000007, 1000008)"),
+        (300, "(1000000, 1000001, 1000002, ..., 1000297, 1000298, 1000299)"),
+    ],
+)
+def test_many_seeds_are_printed_as_tensors_are(rows: int, told: str) -> None:
+    params = [SamplingParams(seed=10**6 + i) for i in range(rows)]
+    found = sample(torch.zeros(rows, 4), params, 0)
+    both = verify(torch.zeros(rows, 1, 4), torch.zeros(rows, 0), params, 0)
+    for result in (found, both):
+        assert f" seeds={told}" in repr(result) and len(result.seeds) == rows
 
 
 def test_a_loop_gives_back_the_state_when_the_row_that_had_it_has_left() -> None:

@@ -275,13 +275,19 @@ def test_what_does_not_fit_is_an_error() -> None:
     cases: list[tuple[Any, str, dict[str, Any]]] = [
         (ShapeError, r"\(2, 2\) integers", {"draft_tokens": [[1], [2]]}),
         (ShapeError, r"\(2, 2\) integers", {"draft_tokens": [[1.0, 2], [2, 1]]}),
+        (ShapeError, r"\(2, 2\) integers.*complex", {"draft_tokens": torch.ones(2, 2) * 1j}),
+        (ShapeError, r"floats; got \(2, 3, 8\) of torch.int64", {"logits": x.long()}),
         (RequestError, r"in \[0, 8\), or -1 behind the end; got 1 to 8", {"draft_tokens": [[1, 8], [2, 1]]}),
         (ShapeError, "must end in -1", {"draft_tokens": [[-1, 2], [2, 1]]}),
         (ShapeError, "drafted tokens \\+ 1, vocabulary", {"logits": x[0]}),
         (RequestError, "needs a seed in every row", {"params": SamplingParams()}),
         (ShapeError, "one a row, 2; got 3", {"params": [params] * 3}),
         (ConfigError, "kept cannot be had", {"need": ("kept",)}),
-        (ShapeError, "one for each place", {"allowed_mask": torch.zeros(2, 1, dtype=torch.int32)}),
+        (
+            ShapeError,
+            r"must be \(2, 3, 1\) int32.*got \(2, 1\)",
+            {"allowed_mask": torch.zeros(2, 1, dtype=torch.int32)},
+        ),
         (ShapeError, "state must be one number a row", {"state": [0.0]}),
         (RequestError, "need history", {"params": SamplingParams(seed=0, repetition_penalty=2.0)}),
     ]

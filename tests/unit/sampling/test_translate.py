@@ -65,6 +65,8 @@ def said(settings: dict[str, Any], from_: str, to: str) -> tuple[SamplingParams,
         ("vllm", "llama.cpp", {"temperature": 2.0, "min_p": 1e-300}, "min_p is 2.22507e-308"),
         (OURS, "vllm", {"min_tokens": 0, "stop_tokens": [3], "seed": 1}, "The seed names other noise there"),
         (OURS, "vllm", {"seed": 4}, "The seed names other noise there"),
+        (OURS, "hf", {"temperature": 0}, "Say do_sample=False: hf refuses a temperature of 0."),
+        ("vllm", "hf", {"temperature": 0.0, "top_p": 0.9, "seed": 3}, "Say do_sample=False"),
     ],
 )  # fmt: skip
 def test_each_difference_has_its_sentence(from_: str, to: str, settings: dict[str, Any], words: str) -> None:
@@ -81,6 +83,8 @@ def test_nothing_is_said_where_nothing_differs() -> None:
         ({"temperature": 0.0, "top_p": 0.9, "top_k": 3}, "vllm", "llama.cpp"),
         ({"top_k": 5, "min_p": 0.1}, "hf", "vllm"),
         ({"temperature": 0.7, "top_k": 5, "top_p": 0.8, "min_p": 0.1}, "llama.cpp", OURS),
+        ({"temperature": 0.7, "top_k": 5, "top_p": 0.9}, "vllm", "hf"),
+        ({"temperature": 0}, "hf", OURS),
     ):
         assert said(settings, from_, to)[1] == "", (settings, from_, to)
 
