@@ -54,10 +54,9 @@ TWODICE_AVX512 TWODICE_INLINE uint32_t low_avx512(const Run& run, const KeysAvx5
     }
     if (__builtin_expect(any == 0, 1)) return 0;
     uint32_t found = 0;
-    for (int g = 0; g < Groups; ++g) {
-        if (low[g] == 0) continue;
+    for (int g = 0; g < Groups; ++g) {  // no branch that nobody can predict
         store_lanes(ab[g], cd[g], out + kLowGroup * (begin + g));
-        found |= uint32_t{1} << (begin + g);
+        found |= uint32_t{low[g] != 0} << (begin + g);
     }
     return found;
 }
