@@ -183,16 +183,17 @@ class _Work:
 
     def limit(self) -> None:
         """Bring values into what the other engine takes."""
-        t = self.given.get("temperature", 1.0)
-        if self.to == "vllm" and 0 < t < 0.01:
-            self.given["temperature"] = 0.0 if t < 1e-5 else 0.01
-            what = "takes the most probable token below 1e-5" if t < 1e-5 else "raises it to 0.01"
-            self.said.append(f"temperature is {t:g}: vllm {what}.")
-        if self.to == "sglang" and 0 < t < 1e-6:
-            self.given["temperature"] = 0.0
-            self.said.append(f"temperature is {t:g}: sglang takes the most probable token below 1e-6.")
-        if self.to == "hf" and t == 0:
-            self.said.append("Say do_sample=False: hf refuses a temperature of 0.")
+        for engine in (self.from_, self.to):
+            t = self.given.get("temperature", 1.0)
+            if engine == "vllm" and 1e-5 <= t < 0.01:
+                self.given["temperature"] = 0.01
+                self.said.append(f"temperature is {t:g}: vllm raises it to 0.01.")
+            least = {"vllm": 1e-5, "sglang": 1e-6}.get(engine, 0.0)
+            if 0 < t < least:
+                self.given["temperature"] = 0.0
+                self.said.append(
+                    f"temperature is {t:g}: {engine} takes the most probable token below {least:g}."
+                )
         for (engine, name, value), (verb, other, near) in _INSTEAD.items():
             if engine == self.to and self.given.get(name) == value:
                 del self.given[name]
@@ -321,6 +322,10 @@ class _Work:
 
     def unasked(self) -> None:
         """What acts there where nothing is said, and the seed."""
+        if self.to == "hf":
+            cold = self.given.get("temperature") == 0
+            why = "refuses a temperature of 0" if cold else "draws nothing where nothing is said"
+            self.said.append(f"Say do_sample={not cold}: hf {why}.")
         if self.to == "llama.cpp" and self.on("dry_multiplier") and not self.on("dry_breakers"):
             self.said.append(
                 "Say that there are no sequence breakers: llama.cpp has newline, colon, quotation mark and "

@@ -38,12 +38,12 @@ def said(settings: dict[str, Any], from_: str, to: str) -> tuple[SamplingParams,
         ("vllm", "llama.cpp", {"presence_penalty": 0.5}, "presence_penalty in llama.cpp counts the"),
         ("llama.cpp", "vllm", {"repetition_penalty": 1.1}, "not at the last 64 tokens"),
         ("llama.cpp", "vllm", {"temperature": 0.004}, "vllm raises it to 0.01"),
-        ("llama.cpp", "vllm", {"temperature": 1e-6}, "takes the most probable token below 1e-5"),
+        ("llama.cpp", "vllm", {"temperature": 1e-6}, "takes the most probable token below 1e-05"),
         (OURS, "vllm", {"presence_penalty": 3.0}, r"presence_penalty is brought into [-2, 2]"),
         (OURS, "sglang", {"top_p": 0.0}, "is top_k of 1"),
         ("vllm", "sglang", {"repetition_penalty": 1.1}, "in sglang looks at the text alone, in vllm at the"),
         ("sglang", "hf", {"repetition_penalty": 1.1, "logit_bias": {1: 2.0}}, "in hf before it"),
-        (OURS, "sglang", {"temperature": 1e-7}, "sglang takes the most probable token below 1e-6"),
+        (OURS, "sglang", {"temperature": 1e-7}, "sglang takes the most probable token below 1e-06"),
         (OURS, "hf", {"top_h": 0.0}, "top_h of 0, which hf refuses, is top_h of 1e-09"),
         (OURS, "hf", {"typical_p": 0.0}, "typical_p of 0, which hf refuses, is typical_p of 1e-09"),
         (OURS, "llama.cpp", {"top_n_sigma": 0.0}, "top_n_sigma of 0, which llama.cpp takes for off, is"),
@@ -61,12 +61,16 @@ def said(settings: dict[str, Any], from_: str, to: str) -> tuple[SamplingParams,
         (OURS, "llama.cpp", {"dynatemp_range": 0.3, "top_k": 5}, "a temperature that moves counts"),
         ("llama.cpp", "hf", {"temperature": 0.0, "typical_p": 0.6}, "typical_p before temperature=0"),
         (OURS, "hf", {"epsilon_cutoff": 0.1}, "hf keeps all ties with the most probable"),
-        ("llama.cpp", "vllm", {"temperature": 1e-6, "min_p": 0.1}, "most probable token below 1e-5"),
+        ("llama.cpp", "vllm", {"temperature": 1e-6, "min_p": 0.1}, "most probable token below 1e-05"),
         ("vllm", "llama.cpp", {"temperature": 2.0, "min_p": 1e-300}, "min_p is 2.22507e-308"),
         (OURS, "vllm", {"min_tokens": 0, "stop_tokens": [3], "seed": 1}, "The seed names other noise there"),
         (OURS, "vllm", {"seed": 4}, "The seed names other noise there"),
         (OURS, "hf", {"temperature": 0}, "Say do_sample=False: hf refuses a temperature of 0."),
         ("vllm", "hf", {"temperature": 0.0, "top_p": 0.9, "seed": 3}, "Say do_sample=False"),
+        ("vllm", "hf", {"temperature": 0.5}, "Say do_sample=True: hf draws nothing where nothing is said."),
+        ("vllm", "llama.cpp", {"temperature": 0.004}, "temperature is 0.004: vllm raises it to 0.01."),
+        ("vllm", OURS, {"temperature": 1e-7}, "takes the most probable token below 1e-05"),
+        ("sglang", "vllm", {"temperature": 1e-8}, "sglang takes the most probable token below 1e-06"),
     ],
 )  # fmt: skip
 def test_each_difference_has_its_sentence(from_: str, to: str, settings: dict[str, Any], words: str) -> None:
@@ -86,7 +90,9 @@ def test_nothing_is_said_where_nothing_differs() -> None:
         ({"temperature": 0.7, "top_k": 5, "top_p": 0.9}, "vllm", "hf"),
         ({"temperature": 0}, "hf", OURS),
     ):
-        assert said(settings, from_, to)[1] == "", (settings, from_, to)
+        # transformers draws only where it is told to.
+        expected = "Say do_sample=True: hf draws nothing where nothing is said." if to == "hf" else ""
+        assert said(settings, from_, to)[1] == expected, (settings, from_, to)
 
 
 def test_windows_that_act_unasked_are_said() -> None:
