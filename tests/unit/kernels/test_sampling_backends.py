@@ -321,6 +321,54 @@ def history(ids: torch.Tensor | None, rows: int) -> tuple[torch.Tensor, torch.Te
     return ids.repeat(rows), torch.arange(rows + 1) * len(ids), torch.zeros(rows, dtype=torch.int64)
 
 
+TOPLESS = (
+    {"typical_p": 0.3},
+    {"typical_p": 0.9},
+    {"xtc_probability": 1.0, "xtc_threshold": 2e-4},
+)
+BEHIND = (
+    {},
+    {"top_p": 0.6},
+    {"top_h": 0.5},
+    {"top_k": 300},
+    {"min_p": 0.7},
+    {"epsilon_cutoff": 1.2e-4},
+    {"eta_cutoff": 0.5},
+    {"top_n_sigma": 1.0},
+    {"mirostat_tau": 6.55},
+    {"temperature": 0.3},
+    {"temperature": 0.0},
+    {"temperature": 0.9, "dynatemp_range": 0.4},
+    {"typical_p": 0.6},
+    {"xtc_probability": 1.0, "xtc_threshold": 1.1e-4},
+    {"xtc_probability": 0.5, "xtc_threshold": 1.1e-4, "xtc_by_expectation": True},
+)
+STAGES = {"xtc_probability": "xtc", "mirostat_tau": "mirostat"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_stages_behind_one_that_drops_the_first_tokens_give_the_same_bits(dtype: torch.dtype) -> None:
+    """More blocks than become a list: what is kept is a range with two ends, in bfloat16 among ties."""
+    params = []
+    for seed in range(3):
+        for first in TOPLESS:
+            for then in BEHIND:
+                if not set(first) & set(then):
+                    order = [STAGES.get(next(iter(one)), next(iter(one))) for one in (first, then) if one]
+                    params.append(SamplingParams(seed=seed, order=order, **first, **then))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(8)
+    logits = (torch.randn(len(params), 9000, generator=generator) * 0.4).to(dtype)
+    native, reference = both(logits, params, 2)
+    assert_equal(native, reference)
+    assert (native.kept_mass < 0.95).sum() > 100
+    for level in NATIVE.simd_levels():
+        NATIVE.set_simd(level)
+        alone = sample(logits, params, 2)
+        assert torch.equal(alone.tokens, reference.tokens)
+        if reference.state is not None:
+            assert torch.equal(alone.state.nan_to_num(-1e9), reference.state.nan_to_num(-1e9))
+
+
 @pytest.mark.parametrize("sigma", [0.3, 4.0])
 def test_what_is_asked_for_alone_is_what_is_asked_for_with_all_else(sigma: float) -> None:
     """Each field by itself, as the kernel does no more than what the fields need."""
