@@ -329,9 +329,11 @@ TOPLESS = (
 BEHIND = (
     {},
     {"top_p": 0.6},
+    {"top_p": 1e-9},  # ends among the equals of the first, of which some are gone
     {"top_h": 0.5},
     {"top_k": 300},
     {"min_p": 0.7},
+    {"min_p": 1e-3},  # its limit lies below what is kept
     {"epsilon_cutoff": 1.2e-4},
     {"eta_cutoff": 0.5},
     {"top_n_sigma": 1.0},
