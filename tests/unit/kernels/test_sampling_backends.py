@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -388,6 +389,90 @@ def test_what_is_asked_for_alone_is_what_is_asked_for_with_all_else(sigma: float
             assert torch.equal(alone.kept[0], full.kept[0]) and torch.equal(alone.kept[1], full.kept[1])
         else:
             torch.testing.assert_close(getattr(alone, name), getattr(full, name), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 1.5])  # all in few levels of the sums; few in each
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_prefix_and_a_range_that_end_exactly_at_a_token_give_the_same_bits(
+    sigma: float, listed: bool
+) -> None:
+    """The mass up to one token after the other is what is asked for: there `reaches` and `exceeds` part."""
+    logits = (
+        torch.randn(300, generator=torch.Generator().manual_seed(9)).mul(sigma).sort(descending=True).values
+    )
+    z = logits.double() - logits[0].double()
+    mass = noise.weights(z)
+    total = int(mass.sum())
+    surprise = math.log(total * 2.0**-42) - z
+    entropy = float((mass * surprise).sum() / total)
+    nearest = (surprise - entropy).abs().argsort(stable=True)
+    parts = (mass * surprise).cumsum(0) / (mass * surprise).sum()
+    listing = {"top_k": 300} if listed else {}  # of 301, one of them dead
+    params = []
+    for at in range(0, 299, 3):
+        upto, within = (
+            share_of(int(mass.cumsum(0)[at]), total),
+            share_of(int(mass[nearest].cumsum(0)[at]), total),
+        )
+        for stage in ({"top_p": upto}, {"typical_p": within}, {"top_h": float(parts[at])}):
+            params.append(SamplingParams(seed=at, **stage, **listing))  # type: ignore[arg-type]
+    rows = torch.cat([logits, torch.tensor([-torch.inf])]).expand(len(params), -1)
+    native, reference = both(rows, params, 0)
+    assert_equal(native, reference)
+    assert torch.equal(native.kept[0].diff()[:-2:3], torch.arange(0, 299, 3) + 1)
+
+
+def share_of(need: int, total: int) -> float:
+    """The greatest float64 of which `total` times is rounded up to `need`."""
+    share = need / total
+    while math.ceil(share * total) > need:
+        share = math.nextafter(share, 0.0)
+    return share
+
+
+def test_what_no_prefix_reaches_is_everything_that_is_there() -> None:
+    """sglang's top-p keeps one token more where the mass is met exactly, and here everything meets it."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(9)).expand(3, -1)
+    params = [SamplingParams(seed=1, top_p=1 - 2**-53, profile="sglang", top_k=k) for k in (None, 299, 5)]
+    native, reference = both(logits, params, 0)
+    assert_equal(native, reference)
+    assert native.kept[0].diff().tolist() == [300, 299, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_least_number_lives_where_a_limit_is_beyond_it(dtype: torch.dtype) -> None:
+    least = torch.finfo(dtype).min
+    logits = torch.tensor([[0.0, least, -torch.inf]], dtype=dtype)
+    stages = (
+        {"min_p": 0.1},
+        {"epsilon_cutoff": 0.1},
+        {"typical_p": 0.99},
+        {"top_p": 0.99},
+        {"top_h": 0.999999},
+    )
+    params = [SamplingParams(seed=1, temperature=-least / 2, **one) for one in stages]  # type: ignore[arg-type]
+    native, reference = both(logits.expand(len(params), -1), params, 0)
+    assert_equal(native, reference)
+    assert native.kept[0].diff().tolist() == [2, 2, 2, 2, 1]
+
+
+def test_tokens_above_and_below_the_entropy_at_one_distance_are_counted_once() -> None:
+    """Neighbours in float32, 1.1 nats apart, one above the entropy by 0.552 and three below it by 0.559.
+
+    Nearest first they have 50.3% and 16.6% each. With XTC two equals of the first are gone before.
+    """
+    near, far = 16000001.0, 16000000.0
+    same = {"temperature": 0.9, "typical_p": 0.6, "seed": 1}
+    alone = SamplingParams(**same)  # type: ignore[arg-type]
+    native, reference = both(torch.tensor([[near, far, far, far]]), alone, 0)
+    assert_equal(native, reference)
+    assert native.kept[1].tolist() == [0, 1, 2, 3]
+    last = SamplingParams(
+        xtc_probability=1.0, xtc_threshold=0.2, order=["temperature", "xtc", "typical_p"], **same
+    )  # type: ignore[arg-type]
+    native, reference = both(torch.tensor([[near, near, near, far, far, far]]), last, 0)
+    assert_equal(native, reference)
+    assert native.kept[1].tolist() == [2, 3, 4, 5]
 
 
 def test_tokens_far_below_the_first_are_drawn_at_their_own_rate() -> None:
