@@ -462,17 +462,29 @@ def test_tokens_above_and_below_the_entropy_at_one_distance_are_counted_once() -
     Nearest first they have 50.3% and 16.6% each. With XTC two equals of the first are gone before.
     """
     near, far = 16000001.0, 16000000.0
-    same = {"temperature": 0.9, "typical_p": 0.6, "seed": 1}
+    same = {"temperature": 0.9, "typical_p": 0.55, "seed": 1}
     alone = SamplingParams(**same)  # type: ignore[arg-type]
     native, reference = both(torch.tensor([[near, far, far, far]]), alone, 0)
     assert_equal(native, reference)
     assert native.kept[1].tolist() == [0, 1, 2, 3]
+    native, reference = both(torch.tensor([[near, far, far, far, far]]), alone, 0)
+    assert_equal(native, reference)
+    assert native.kept[1].tolist() == [1, 2, 3, 4]  # one more, and they are nearer, with 56.8% together
     last = SamplingParams(
         xtc_probability=1.0, xtc_threshold=0.2, order=["temperature", "xtc", "typical_p"], **same
     )  # type: ignore[arg-type]
     native, reference = both(torch.tensor([[near, near, near, far, far, far]]), last, 0)
     assert_equal(native, reference)
     assert native.kept[1].tolist() == [2, 3, 4, 5]
+
+
+def test_masses_that_are_rounded_up_push_the_end_of_the_prefix_back() -> None:
+    """998 tokens of 0.525 units of mass count 1 each: without these halves one token would reach the need."""
+    logits = torch.full((1, 1000), -29.7565)
+    logits[0, 0], logits[0, 1] = 0.0, -20.9234
+    native, reference = both(logits, SamplingParams(seed=1, top_p=1 - 1e-9), 0)
+    assert_equal(native, reference)
+    assert native.kept[1].tolist() == [0, 1]
 
 
 def test_tokens_far_below_the_first_are_drawn_at_their_own_rate() -> None:
