@@ -3,67 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
 from tests.support import sampling_rows
+from tests.support.both_samplers import NATIVE, assert_equal, both, needs_native, restored  # noqa: F401
 
 from twodice.kernels import dispatch
 from twodice.kernels.sampling import history_fits
-from twodice.kernels.sampling_settings import NEEDS, Past, Sampled
+from twodice.kernels.sampling_settings import NEEDS, Past
 from twodice.random import noise
 from twodice.sampling.explain import edited
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
-NATIVE = dispatch.native
-FLOATS = tuple(name for name in NEEDS if name not in ("rank", "kept"))
 VOCABULARIES = (1, 7, 8, 129, 130, 257, 1000)
 
-pytestmark = pytest.mark.skipif(NATIVE is None, reason="no native module to compare with")
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    level = NATIVE.simd()
-    yield
-    dispatch.native = NATIVE
-    NATIVE.set_simd(level)
-
-
-def both(logits: torch.Tensor, params: object, position: object, **more: object) -> tuple[Sampled, Sampled]:
-    """The same call on the native kernels at every level (equal among themselves) and on the reference."""
-    call = lambda: sample(logits, params, position, need=NEEDS, on_bad_row="flag", **more)  # type: ignore[arg-type]  # noqa: E731
-    native = []
-    for level in NATIVE.simd_levels():
-        NATIVE.set_simd(level)
-        dispatch.native = NATIVE
-        native.append(call())
-    dispatch.native = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reference = call()
-    dispatch.native = NATIVE
-    for other in native[1:]:
-        assert_equal(native[0], other)
-    return native[0], reference
-
-
-def assert_equal(a: Sampled, b: Sampled) -> None:
-    assert torch.equal(a.status, b.status)
-    assert torch.equal(a.tokens, b.tokens)
-    assert torch.equal(a.rank, b.rank)
-    assert torch.equal(a.kept[0], b.kept[0]) and torch.equal(a.kept[1], b.kept[1])
-    assert a.seeds == b.seeds
-    assert (a.state is None) == (b.state is None)
-    assert a.state is None or torch.equal(a.state.nan_to_num(-1e9), b.state.nan_to_num(-1e9))
-    for name in FLOATS:  # sums of up to V terms in another order; everything that decides is an integer
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-11, atol=1e-11, equal_nan=True)
+pytestmark = needs_native
 
 
 def compare(number: int) -> int:
@@ -322,56 +281,6 @@ def history(ids: torch.Tensor | None, rows: int) -> tuple[torch.Tensor, torch.Te
     return ids.repeat(rows), torch.arange(rows + 1) * len(ids), torch.zeros(rows, dtype=torch.int64)
 
 
-TOPLESS = (
-    {"typical_p": 0.3},
-    {"typical_p": 0.9},
-    {"xtc_probability": 1.0, "xtc_threshold": 2e-4},
-)
-BEHIND = (
-    {},
-    {"top_p": 0.6},
-    {"top_p": 1e-9},  # ends among the equals of the first, of which some are gone
-    {"top_h": 0.5},
-    {"top_k": 300},
-    {"min_p": 0.7},
-    {"min_p": 1e-3},  # its limit lies below what is kept
-    {"epsilon_cutoff": 1.2e-4},
-    {"eta_cutoff": 0.5},
-    {"top_n_sigma": 1.0},
-    {"mirostat_tau": 6.55},
-    {"temperature": 0.3},
-    {"temperature": 0.0},
-    {"temperature": 0.9, "dynatemp_range": 0.4},
-    {"typical_p": 0.6},
-    {"xtc_probability": 1.0, "xtc_threshold": 1.1e-4},
-    {"xtc_probability": 0.5, "xtc_threshold": 1.1e-4, "xtc_by_expectation": True},
-)
-STAGES = {"xtc_probability": "xtc", "mirostat_tau": "mirostat"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_stages_behind_one_that_drops_the_first_tokens_give_the_same_bits(dtype: torch.dtype) -> None:
-    """More blocks than become a list: what is kept is a range with two ends, in bfloat16 among ties."""
-    params = []
-    for seed in range(3):
-        for first in TOPLESS:
-            for then in BEHIND:
-                if not set(first) & set(then):
-                    order = [STAGES.get(next(iter(one)), next(iter(one))) for one in (first, then) if one]
-                    params.append(SamplingParams(seed=seed, order=order, **first, **then))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(8)
-    logits = (torch.randn(len(params), 9000, generator=generator) * 0.4).to(dtype)
-    native, reference = both(logits, params, 2)
-    assert_equal(native, reference)
-    assert (native.kept_mass < 0.95).sum() > 100
-    for level in NATIVE.simd_levels():
-        NATIVE.set_simd(level)
-        alone = sample(logits, params, 2)
-        assert torch.equal(alone.tokens, reference.tokens)
-        if reference.state is not None:
-            assert torch.equal(alone.state.nan_to_num(-1e9), reference.state.nan_to_num(-1e9))
-
-
 @pytest.mark.parametrize("sigma", [0.3, 4.0])
 def test_what_is_asked_for_alone_is_what_is_asked_for_with_all_else(sigma: float) -> None:
     """Each field by itself, as the kernel does no more than what the fields need."""
@@ -389,102 +298,6 @@ def test_what_is_asked_for_alone_is_what_is_asked_for_with_all_else(sigma: float
             assert torch.equal(alone.kept[0], full.kept[0]) and torch.equal(alone.kept[1], full.kept[1])
         else:
             torch.testing.assert_close(getattr(alone, name), getattr(full, name), rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("sigma", [0.05, 1.5])  # all in few levels of the sums; few in each
-@pytest.mark.parametrize("listed", [False, True])
-def test_a_prefix_and_a_range_that_end_exactly_at_a_token_give_the_same_bits(
-    sigma: float, listed: bool
-) -> None:
-    """The mass up to one token after the other is what is asked for: there `reaches` and `exceeds` part."""
-    logits = (
-        torch.randn(300, generator=torch.Generator().manual_seed(9)).mul(sigma).sort(descending=True).values
-    )
-    z = logits.double() - logits[0].double()
-    mass = noise.weights(z)
-    total = int(mass.sum())
-    surprise = math.log(total * 2.0**-42) - z
-    entropy = float((mass * surprise).sum() / total)
-    nearest = (surprise - entropy).abs().argsort(stable=True)
-    parts = (mass * surprise).cumsum(0) / (mass * surprise).sum()
-    listing = {"top_k": 300} if listed else {}  # of 301, one of them dead
-    params = []
-    for at in range(0, 299, 3):
-        upto, within = (
-            share_of(int(mass.cumsum(0)[at]), total),
-            share_of(int(mass[nearest].cumsum(0)[at]), total),
-        )
-        for stage in ({"top_p": upto}, {"typical_p": within}, {"top_h": float(parts[at])}):
-            params.append(SamplingParams(seed=at, **stage, **listing))  # type: ignore[arg-type]
-    rows = torch.cat([logits, torch.tensor([-torch.inf])]).expand(len(params), -1)
-    native, reference = both(rows, params, 0)
-    assert_equal(native, reference)
-    assert torch.equal(native.kept[0].diff()[:-2:3], torch.arange(0, 299, 3) + 1)
-
-
-def share_of(need: int, total: int) -> float:
-    """The greatest float64 of which `total` times is rounded up to `need`."""
-    share = need / total
-    while math.ceil(share * total) > need:
-        share = math.nextafter(share, 0.0)
-    return share
-
-
-def test_what_no_prefix_reaches_is_everything_that_is_there() -> None:
-    """sglang's top-p keeps one token more where the mass is met exactly, and here everything meets it."""
-    logits = torch.randn(300, generator=torch.Generator().manual_seed(9)).expand(3, -1)
-    params = [SamplingParams(seed=1, top_p=1 - 2**-53, profile="sglang", top_k=k) for k in (None, 299, 5)]
-    native, reference = both(logits, params, 0)
-    assert_equal(native, reference)
-    assert native.kept[0].diff().tolist() == [300, 299, 5]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_least_number_lives_where_a_limit_is_beyond_it(dtype: torch.dtype) -> None:
-    least = torch.finfo(dtype).min
-    logits = torch.tensor([[0.0, least, -torch.inf]], dtype=dtype)
-    stages = (
-        {"min_p": 0.1},
-        {"epsilon_cutoff": 0.1},
-        {"typical_p": 0.99},
-        {"top_p": 0.99},
-        {"top_h": 0.999999},
-    )
-    params = [SamplingParams(seed=1, temperature=-least / 2, **one) for one in stages]  # type: ignore[arg-type]
-    native, reference = both(logits.expand(len(params), -1), params, 0)
-    assert_equal(native, reference)
-    assert native.kept[0].diff().tolist() == [2, 2, 2, 2, 1]
-
-
-def test_tokens_above_and_below_the_entropy_at_one_distance_are_counted_once() -> None:
-    """Neighbours in float32, 1.1 nats apart, one above the entropy by 0.552 and three below it by 0.559.
-
-    Nearest first they have 50.3% and 16.6% each. With XTC two equals of the first are gone before.
-    """
-    near, far = 16000001.0, 16000000.0
-    same = {"temperature": 0.9, "typical_p": 0.55, "seed": 1}
-    alone = SamplingParams(**same)  # type: ignore[arg-type]
-    native, reference = both(torch.tensor([[near, far, far, far]]), alone, 0)
-    assert_equal(native, reference)
-    assert native.kept[1].tolist() == [0, 1, 2, 3]
-    native, reference = both(torch.tensor([[near, far, far, far, far]]), alone, 0)
-    assert_equal(native, reference)
-    assert native.kept[1].tolist() == [1, 2, 3, 4]  # one more, and they are nearer, with 56.8% together
-    last = SamplingParams(
-        xtc_probability=1.0, xtc_threshold=0.2, order=["temperature", "xtc", "typical_p"], **same
-    )  # type: ignore[arg-type]
-    native, reference = both(torch.tensor([[near, near, near, far, far, far]]), last, 0)
-    assert_equal(native, reference)
-    assert native.kept[1].tolist() == [2, 3, 4, 5]
-
-
-def test_masses_that_are_rounded_up_push_the_end_of_the_prefix_back() -> None:
-    """998 tokens of 0.525 units of mass count 1 each: without these halves one token would reach the need."""
-    logits = torch.full((1, 1000), -29.7565)
-    logits[0, 0], logits[0, 1] = 0.0, -20.9234
-    native, reference = both(logits, SamplingParams(seed=1, top_p=1 - 1e-9), 0)
-    assert_equal(native, reference)
-    assert native.kept[1].tolist() == [0, 1]
 
 
 def test_tokens_far_below_the_first_are_drawn_at_their_own_rate() -> None:
