@@ -122,10 +122,10 @@ def test_what_no_prefix_reaches_is_everything_that_is_there() -> None:
 def test_the_mass_of_a_row_is_that_of_blocks_too_which_no_stage_has_read() -> None:
     """Five tokens of mass 1 and 995 of 1 / e, together 371.0; one in a hundred of it is 3.7."""
     logits = torch.full((1, 1000), 3.0, dtype=torch.bfloat16)
-    logits[0, :5] = 4.0
+    logits[0, : 5 * 128 : 128] = 4.0  # one a block, so that the other blocks cannot be among the five
     native, reference = both(logits, SamplingParams(seed=1, top_k=5, top_p=0.01, profile="sglang"), 0)
     assert_equal(native, reference)
-    assert native.kept[1].tolist() == [0, 1, 2, 3]
+    assert native.kept[1].tolist() == [0, 128, 256, 384]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
