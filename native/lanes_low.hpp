@@ -81,8 +81,8 @@ TWODICE_AVX512 inline uint32_t low_avx512(const Run& run, uint32_t c0, size_t gr
 
 // As fill_lanes, for at most kLowGroups groups of lanes; but a group is written only where one of its lanes is at most its
 // limit, and two groups have one limit. A bit of the answer says that a group was written.
-inline uint32_t fill_low_lanes(const Run& run, uint32_t c0, size_t counters, const uint16_t* limits, uint16_t* out,
-                               Ahead ahead) {
+inline uint32_t fill_low_lanes(const Run& run, uint32_t c0, size_t counters, [[maybe_unused]] const uint16_t* limits,
+                               uint16_t* out, Ahead ahead) {
     const size_t groups = counters / 8, rest = counters % 8;
     uint32_t found = 0;
     switch (simd_level().load(std::memory_order_relaxed)) {

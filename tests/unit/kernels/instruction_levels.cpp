@@ -1,14 +1,16 @@
-// Philox and dropout at every instruction level of the architecture that this is compiled for, held against the
-// portable loops, with no Python: so that a level can be checked on a machine that has it only in an emulator.
+// Philox, its low lanes and dropout at every instruction level of the architecture that this is compiled for, held
+// against the portable loops, with no Python: so that a level can be checked on a machine that has it only in an emulator.
 //
 // Prints a line "level NAME" for each, and "digest HEX" of all that the portable loops gave: the same on every
 // architecture. Ends with 1 where a level differs. With the argument "sabotage" the levels get one input wrong.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "dropout_rows.hpp"
+#include "lanes_low.hpp"
 
 namespace twodice {
 namespace {
@@ -92,6 +94,47 @@ struct Check {
         }
     }
 
+    // A limit is the least lane of one of its groups, where <= and < part, or one less, or all or nothing is low.
+    void low() {
+        for (size_t n = 1; n <= 8 * kLowGroups; n += n < 40 || n > 240 ? 1 : 37) {
+            const uint64_t key = 0xFEDCBA9876543210u + n;
+            const uint32_t c0 = n % 3 ? 0xFFFFFFF0u : 11;
+            Run run;
+            run.set_key(key);
+            run.set_row(5, 17, 3);
+            simd_level().store(Simd::portable);
+            std::vector<uint16_t> all(8 * n);
+            fill_lanes(run, c0, n, all.data());
+            auto group = [&](size_t i) { return all.begin() + std::min(i * kLowGroup, all.size()); };
+            for (size_t kind = 0; kind < 5; ++kind) {
+                uint16_t limits[kLowGroups / 2] = {};
+                for (size_t i = 0; i < (n + 15) / 16; ++i) {
+                    const size_t of = 2 * i + (kind + i) % 2;
+                    const size_t from = group(of) == all.end() ? 2 * i : of;
+                    const uint16_t least = *std::min_element(group(from), group(from + 1));
+                    const uint16_t kinds[] = {least, static_cast<uint16_t>(least - (least > 0)), least, 0, 65535};
+                    limits[i] = kinds[(kind + i / 2) % 5];
+                }
+                for (size_t level = 0; level < wrong.size(); ++level) {
+                    simd_level().store(static_cast<Simd>(level));
+                    std::vector<uint16_t> out(8 * n + 8, 0xA5A5);
+                    const uint32_t found =
+                        fill_low_lanes(run, c0 + (sabotage && level ? 1 : 0), n, limits, out.data(), Ahead{});
+                    for (size_t i = 0; i < kLowGroups; ++i) {
+                        auto at_most = [&](uint16_t x) { return x <= limits[i / 2]; };
+                        const bool is_low = std::any_of(group(i), group(i + 1), at_most);
+                        const bool is_written = found >> i & 1;
+                        wrong[level] += is_low && !is_written;
+                        wrong[level] += is_written && group(i) == all.end();
+                        for (auto x = group(i); x != group(i + 1); ++x)
+                            wrong[level] += out[static_cast<size_t>(x - all.begin())] != (is_written ? *x : 0xA5A5);
+                    }
+                    for (size_t j = 8 * n; j < out.size(); ++j) wrong[level] += out[j] != 0xA5A5;
+                }
+            }
+        }
+    }
+
     template <class T>
     void dropout(int code, int64_t C, int64_t start, int64_t stride, bool add, bool columns, uint16_t threshold) {
         constexpr int64_t B = 2, H = 2, T_ = 2;
@@ -168,6 +211,7 @@ int main(int argc, char** argv) {
     Check check;
     check.sabotage = argc > 1 && std::string(argv[1]) == "sabotage";
     check.lanes();
+    check.low();
     check.type<float>(0);
     check.type<double>(1);
     check.type<Bf16>(2);

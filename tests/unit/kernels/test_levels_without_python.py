@@ -1,4 +1,4 @@
-"""Philox and dropout in C++ alone, at each instruction level: of this machine, and of Arm in an emulator.
+"""Philox, its low lanes and dropout in C++ alone, at each instruction level: here, and of Arm in an emulator.
 
 `instruction_levels.cpp` holds each level against the portable loops over widths, offsets, strides, types,
 rates and special values, and prints a digest of all that came out, the same on each architecture.
