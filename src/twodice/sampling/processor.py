@@ -62,7 +62,7 @@ class Processor(LogitsProcessor):
         self._state: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self._goes_on(input_ids):
+        if not self._goes_on(input_ids) and not self._taken_back(input_ids):
             self._begin(input_ids, scores.shape[1])
         self._last = input_ids.clone()
         drawn = sample(
@@ -88,8 +88,38 @@ class Processor(LogitsProcessor):
         last = self._last
         return last is not None and ids.shape[1] == last.shape[1] + 1 and torch.equal(ids[:, :-1], last)
 
+    def _taken_back(self, ids: Tensor) -> bool:
+        """Whether this is the text in the making with tokens of a draft taken back, as assistants do."""
+        last, prompt = self._last, self._prompt
+        if last is None or prompt is None or len(ids) != len(last):
+            return False
+        width, first = ids.shape[1], prompt.shape[1]
+        if not first < width <= last.shape[1] + 1 or not torch.equal(ids[:, :first], prompt):
+            return False
+        if width > last.shape[1]:
+            if len(ids) == 1:
+                return False
+            raise ContractError(
+                "a processor serves rows that stay where they are; got the prompts of the text in the making "
+                "with the rows behind them moved, as num_beams above 1 does: leave it at 1 (or reset() "
+                "before a new text)"
+            )
+        if not torch.equal(ids[:, :-1], last[:, : width - 1]):
+            return False
+        if self._state is not None:
+            raise ContractError(
+                "mirostat's state goes forward only; got a text of which tokens were taken back, as assisted "
+                "generation does: leave out the assistant or mirostat_tau (or reset() before a new text)"
+            )
+        return True
+
     def _begin(self, ids: Tensor, vocabulary: int) -> None:
         """A new text: what depends on its prompts, once."""
+        if ids.shape[1] == 0:
+            raise RequestError(
+                "the ids of the prompts must be there, the position of a token counts them; got none, as "
+                "generate(inputs_embeds=...) without ids has: give input_ids beside it"
+            )
         if self.pad_token_id is not None and self.pad_token_id >= vocabulary:
             raise RequestError(
                 f"pad_token_id must be in [0, {vocabulary}), the vocabulary of the logits; got "
@@ -234,10 +264,11 @@ def processor(
         If `attention_mask` is no mask of padding on the left; in ``generate``: if its rows do not fit
         `params`, `n` or `attention_mask`.
     RequestError
-        In ``generate``: if `pad_token_id` is not in the vocabulary, two rows would be the same text without
+        In ``generate``: if there are no ids, `pad_token_id` is not in the vocabulary, two rows would be the same text without
         having asked for it, or (policy "raise") a row cannot be served.
     ContractError
-        In ``generate``: if a processor with a mask is given other prompts.
+        In ``generate``: if a processor with a mask is given other prompts, rows move, or tokens are taken
+        back under mirostat.
 
     Notes
     -----
@@ -245,11 +276,13 @@ def processor(
     position is the number of real tokens before it, so that neither padding nor neighbours enter. Prompts
     without a seed get one each, see `Processor.seeds`.
 
-    A processor goes on with a text for as long as each call brings the ids of the last and one token more;
-    anything else begins a new text (with new seeds where none were given, and mirostat from its start).
-    Beams and assisted generation move rows or take tokens back, and are not served. ``generate`` does not
-    tell a processor of beams, and those of one prompt look like its completions: where rows do not move, as
-    with temperature 0, ``num_beams`` above 1 is no error and changes nothing. A row that has ended is drawn
+    A processor goes on with a text for as long as each call brings the ids of the last and one token more, or
+    these with tokens taken back behind the prompt, as assisted generation does (an assistant, prompt lookup):
+    it gives the text of plain generation, and mirostat, whose state cannot go back, is an error there.
+    Anything else begins a new text (with new seeds where none were given, and mirostat from its start);
+    `Processor.reset` does so where a new prompt is a part of the last text. Beams move rows and are an error.
+    ``generate`` does not tell a processor of them, and those of one prompt look like its completions: where
+    rows do not move, as with temperature 0, ``num_beams`` above 1 is no error and changes nothing. A row that has ended is drawn
     on by ``generate`` until all have: where a row's settings can leave it nothing behind its end token (few
     `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
     """

@@ -6,6 +6,8 @@ token could differ where two scores are within about 1e-6 of each other: seeds a
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -254,3 +256,47 @@ def test_it_is_what_transformers_calls_a_logits_processor() -> None:
     ours = model.generate(ids, logits_processor=[processor], do_sample=True, max_new_tokens=4, pad_token_id=0)
     theirs = model.generate(ids, do_sample=False, max_new_tokens=4, pad_token_id=0)
     assert ours.tolist() != theirs.tolist(), "a flat model's greedy text is not what a draw gives"
+
+
+@pytest.mark.parametrize("params", [EVERY, SamplingParams(top_k=30)])
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_assisted_generation_gives_the_plain_text(engine: Any, params: SamplingParams, how: str) -> None:
+    prompt = (72, 101, 108, 72, 101, 108, 72, 101)
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if how == "assistant":
+        options = {"assistant_model": copy.deepcopy(engine.model)}
+        for weights in options["assistant_model"].parameters():
+            weights.data.mul_(1.05)  # a draft that is often right, not always
+    processor = twodice.processor(params)
+    found = texts(engine.model, [prompt], processor, **options)
+    (seed,) = processor.seeds
+    plain = twodice.processor(dataclasses.replace(params, seed=seed))
+    assert found == texts(engine.model, [prompt], plain)
+
+
+def test_mirostat_under_an_assistant_and_moved_rows_are_errors(engine: Any) -> None:
+    prompt = (72, 101, 108, 72, 101, 108, 72, 101)
+    with pytest.raises(ContractError, match="mirostat's state goes forward only"):
+        steered = twodice.processor(SamplingParams(mirostat_tau=3.0, seed=2))
+        texts(engine.model, [prompt], steered, prompt_lookup_num_tokens=3, max_new_tokens=40)
+    with pytest.raises(ContractError, match="num_beams above 1"):
+        texts(engine.model, [prompt], twodice.processor(SamplingParams(top_k=30)), num_beams=3)
+
+
+def test_a_new_text_may_begin_with_the_last_one(engine: Any) -> None:
+    processor = twodice.processor(SamplingParams(seed=3, presence_penalty=2.0))
+    first = texts(engine.model, [PROMPTS[0]], processor)[0]
+    longer = (*PROMPTS[0], *first, 65, 66)
+    alone = texts(engine.model, [longer], twodice.processor(SamplingParams(seed=3, presence_penalty=2.0)))
+    assert texts(engine.model, [longer], processor) == alone
+
+
+def test_prompts_without_ids_are_an_error(engine: Any) -> None:
+    embedded = engine.model.get_input_embeddings()(torch.tensor([PROMPTS[0]]))
+    with pytest.raises(RequestError, match="give input_ids beside it"):
+        engine.model.generate(
+            inputs_embeds=embedded,
+            logits_processor=[twodice.processor(SamplingParams(seed=1))],
+            max_new_tokens=2,
+            pad_token_id=PAD,
+        )
