@@ -264,8 +264,8 @@ def processor(
         If `attention_mask` is no mask of padding on the left; in ``generate``: if its rows do not fit
         `params`, `n` or `attention_mask`.
     RequestError
-        In ``generate``: if there are no ids, `pad_token_id` is not in the vocabulary, two rows would be the same text without
-        having asked for it, or (policy "raise") a row cannot be served.
+        In ``generate``: if there are no ids, `pad_token_id` is not in the vocabulary, two rows would be the
+        same text without having asked for it, or (policy "raise") a row cannot be served.
     ContractError
         In ``generate``: if a processor with a mask is given other prompts, rows move, or tokens are taken
         back under mirostat.
@@ -282,8 +282,8 @@ def processor(
     Anything else begins a new text (with new seeds where none were given, and mirostat from its start);
     `Processor.reset` does so where a new prompt is a part of the last text. Beams move rows and are an error.
     ``generate`` does not tell a processor of them, and those of one prompt look like its completions: where
-    rows do not move, as with temperature 0, ``num_beams`` above 1 is no error and changes nothing. A row that has ended is drawn
-    on by ``generate`` until all have: where a row's settings can leave it nothing behind its end token (few
+    rows do not move, as with temperature 0, ``num_beams`` above 1 is no error and changes nothing. A row that
+    has ended is drawn on by ``generate`` until all have: where a row's settings can leave it nothing behind its end token (few
     `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
     """
     if not isinstance(params, SamplingParams):

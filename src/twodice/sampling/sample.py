@@ -142,6 +142,10 @@ def state_of(value: Any, rows: int, settings: Settings) -> Tensor | None:
     """Mirostat's state, (R,) float64 on the CPU, NaN where a row has none."""
     if value is None:
         return None
+    if isinstance(value, Sampled):
+        raise ShapeError(f"state must be one number a row, ({rows},); got a Sampled: give its .state")
+    if isinstance(value, list | tuple):  # of an engine that holds the state of each row
+        value = [np.nan if one is None else one for one in value]
     found = tensor_of("state", value, exact=True)
     if found.dtype == torch.bool or found.dtype.is_complex:
         raise ShapeError(f"state must be one number a row, ({rows},); got {found.dtype}")

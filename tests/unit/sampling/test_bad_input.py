@@ -277,6 +277,7 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: sample(X, SEEDED, 0, allowed_mask=torch.zeros(1, 2, dtype=torch.int32)), ShapeError,
          r"got \(1, 2\)"),
         (lambda: sample(X, SEEDED, 0, allowed_mask=torch.ones(2, 2)), ShapeError, "of torch.float32"),
+        (lambda: sample(X, MIRO, 0, state=sample(X, MIRO, 0)), ShapeError, "got a Sampled: give its .state"),
         (lambda: sample(X, SEEDED, 0, state=[1.0]), ShapeError, r"state .*\(2,\); got shape \(1,\)"),
         (lambda: sample(X, SEEDED, 0, state=torch.zeros(2, 1)), ShapeError, r"got shape \(2, 1\)"),
         (lambda: sample(X, SEEDED, 0, state=[1.0, math.inf]), RequestError, r"state .*finite.*\[1.0, inf\]"),

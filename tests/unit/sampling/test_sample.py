@@ -306,3 +306,11 @@ def test_keys_of_many_seeds_are_children_by_name_in_both_languages(
     for native in {id(dispatch.native): dispatch.native, 0: None}.values():
         monkeypatch.setattr(dispatch, "native", native)
         assert [key % 2**64 for key in keys_of(seeds).tolist()] == wanted
+
+
+def test_none_in_a_row_starts_the_state_anew() -> None:
+    x = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
+    steered = SamplingParams(mirostat_tau=3.0, seed=1)
+    told, held = sample(x, steered, 0, state=[float("nan"), 4.0]), sample(x, steered, 0, state=[None, 4.0])
+    assert told.state is not None and held.state is not None
+    assert torch.equal(told.tokens, held.tokens) and torch.equal(told.state, held.state)
