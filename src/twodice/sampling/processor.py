@@ -283,8 +283,8 @@ def processor(
     `Processor.reset` does so where a new prompt is a part of the last text. Beams move rows and are an error.
     ``generate`` does not tell a processor of them, and those of one prompt look like its completions: where
     rows do not move, as with temperature 0, ``num_beams`` above 1 is no error and changes nothing. A row that
-    has ended is drawn on by ``generate`` until all have: where a row's settings can leave it nothing behind its end token (few
-    `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
+    has ended is drawn on by ``generate`` until all have: where a row's settings can leave it nothing behind
+    its end token (few `allowed_tokens` and no n-gram twice), only "flag" lets the others go on.
     """
     if not isinstance(params, SamplingParams):
         params = settings_of(params, "prompt")
