@@ -1,5 +1,5 @@
-// Runs of 16-bit lanes of which only the low ones matter: they are compared where they were made, and written only where one
-// is low, which spares most of them the way through memory. Knows nothing of sampling.
+// Runs of 16-bit lanes of which only the low ones matter: they are compared where they were made, and written only near one
+// that is low, which spares most of them the way through memory. Knows nothing of sampling.
 #pragma once
 
 #include "philox.hpp"
@@ -16,7 +16,7 @@ struct Ahead {
     }
 };
 
-constexpr size_t kLowGroup = 64;   // lanes that are written or not
+constexpr size_t kLowGroup = 64;   // lanes that have one bit of the answer
 constexpr size_t kLowGroups = 32;  // of a run, at most
 
 #if TWODICE_X86
@@ -79,8 +79,8 @@ TWODICE_AVX512 inline uint32_t low_avx512(const Run& run, uint32_t c0, size_t gr
 }
 #endif
 
-// As fill_lanes, for at most kLowGroups groups of lanes; but a group is written only where one of its lanes is at most its
-// limit, and two groups have one limit. A bit of the answer says that a group was written.
+// As fill_lanes, for at most kLowGroups groups of lanes; but a group must be written only where one of its lanes is at most
+// its limit, and two groups have one limit. A bit of the answer says that a group was written and may have such a lane.
 inline uint32_t fill_low_lanes(const Run& run, uint32_t c0, size_t counters, [[maybe_unused]] const uint16_t* limits,
                                uint16_t* out, Ahead ahead) {
     const size_t groups = counters / 8, rest = counters % 8;

@@ -126,8 +126,10 @@ struct Check {
                         const bool is_written = found >> i & 1;
                         wrong[level] += is_low && !is_written;
                         wrong[level] += is_written && group(i) == all.end();
-                        for (auto x = group(i); x != group(i + 1); ++x)
-                            wrong[level] += out[static_cast<size_t>(x - all.begin())] != (is_written ? *x : 0xA5A5);
+                        for (auto x = group(i); x != group(i + 1); ++x) {
+                            const uint16_t made = out[static_cast<size_t>(x - all.begin())];
+                            wrong[level] += made != *x && (is_written || made != 0xA5A5);
+                        }
                     }
                     for (size_t j = 8 * n; j < out.size(); ++j) wrong[level] += out[j] != 0xA5A5;
                 }
