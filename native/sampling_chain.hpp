@@ -6,13 +6,12 @@ class Chain : public Draw<F> {
     using Base = Draw<F>;
     using typename Base::Key;
     using V = Vector16;
-    using Base::in_, Base::s_, Base::job_, Base::x_, Base::n_, Base::flip_, Base::max_, Base::wide_max_, Base::edited_,
-        Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::peek, Base::key, Base::index, Base::id_of,
-        Base::least_of, Base::block_count, Base::block_end, Base::list, Base::z_of, Base::whole, Base::for_kept,
-        Base::make_list, Base::first, Base::collect, Base::sort_list, Base::top_, Base::temperature_, Base::cut_,
-        Base::have_list_, Base::sorted_, Base::apply, Base::head_top_p, Base::top_p_of_row, Base::surprise_of, Base::final_z, Base::at_,
-        Base::mixed_, Base::mu_, Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::draw_as_read,
-        Base::draw_list, Base::draw_all;
+    using Base::in_, Base::job_, Base::x_, Base::n_, Base::max_, Base::wide_max_, Base::edited_, Base::maxima,
+        Base::buffers, Base::hold, Base::hold_all, Base::peek, Base::key, Base::index, Base::id_of, Base::least_of,
+        Base::block_count, Base::block_end, Base::list, Base::z_of, Base::whole, Base::for_kept, Base::make_list,
+        Base::first, Base::sort_list, Base::top_, Base::temperature_, Base::cut_, Base::have_list_, Base::apply,
+        Base::head_top_p, Base::top_p_of_row, Base::surprise_of, Base::final_z, Base::at_, Base::mixed_, Base::mu_,
+        Base::greedy_, Base::steered_, Base::plain, Base::mild, Base::draw_as_read, Base::draw_list, Base::draw_all;
 
    public:
     using Base::Base;

@@ -8,9 +8,9 @@ class Draw : public Stages<F> {
    protected:
     using Base = Stages<F>;
     using typename Base::Key;
-    using Base::in_, Base::s_, Base::job_, Base::x_, Base::ids_, Base::max_, Base::wide_max_, Base::maxima, Base::hold,
-        Base::value_at, Base::key, Base::index, Base::id_of, Base::least_of, Base::block_count, Base::block_end,
-        Base::first, Base::in_range, Base::list, Base::z_of, Base::top_, Base::temperature_, Base::cut_, Base::final_z, Base::at_;
+    using Base::s_, Base::job_, Base::x_, Base::ids_, Base::wide_max_, Base::maxima, Base::hold, Base::value_at,
+        Base::key, Base::index, Base::id_of, Base::least_of, Base::block_count, Base::block_end, Base::first,
+        Base::in_range, Base::list, Base::z_of, Base::top_, Base::temperature_, Base::cut_, Base::final_z, Base::at_;
     using V = Vector16;
     static_assert(kDrawn == 16, "one vector of blocks");
     static_assert(kDrawn * kBlock == kLowGroups * kLowGroup && kBlock == 2 * kLowGroup, "one run of low lanes");

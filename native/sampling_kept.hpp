@@ -11,8 +11,8 @@ class Kept : public Row<F> {
     using typename Base::O;
     using typename Base::Key;
     using typename Base::Bits;
-    using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key, Base::index,
-        Base::least_of, Base::block_count, Base::block_end, Base::waiting_, Base::waits;
+    using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key,
+        Base::index, Base::least_of, Base::block_count, Base::block_end, Base::waiting_, Base::waits;
     static constexpr int64_t kChunk = 256;
     static_assert(kChunk % kBlock == 0, "a chunk is whole blocks");
 

@@ -7,8 +7,8 @@ class Levels : public Kept<F> {
    protected:
     using Base = Kept<F>;
     using typename Base::Key;
-    using Base::x_, Base::index, Base::kChunk, Base::list, Base::in_range, Base::for_kept, Base::collect, Base::keep_if,
-        Base::least_where, Base::prefix, Base::top_, Base::temperature_, Base::have_list_, Base::sorted_;
+    using Base::x_, Base::index, Base::kChunk, Base::list, Base::in_range, Base::for_kept, Base::collect,
+        Base::keep_if, Base::least_where, Base::prefix, Base::top_, Base::temperature_, Base::sorted_;
     static constexpr int64_t kLevels = 512;
     static constexpr double kOfANat = 16;  // the last level begins 31.9 nats below the first token, where no mass is left
 

@@ -9,13 +9,14 @@ class Stages : public Levels<F> {
     using typename Base::O;
     using typename Base::Key;
     using typename Base::Bits;
-    using Base::s_, Base::job_, Base::x_, Base::n_, Base::max_, Base::wide_max_, Base::maxima, Base::hold, Base::hold_all,
-        Base::key, Base::index, Base::least_of, Base::block_count, Base::block_end, Base::argmax, Base::kChunk, Base::list,
-        Base::z_of, Base::whole, Base::in_range, Base::for_kept, Base::total, Base::log_of, Base::log_total, Base::moments,
-        Base::make_list, Base::thin, Base::keep_if, Base::drop_below, Base::first, Base::keep_from, Base::least_where,
-        Base::keep_where, Base::least, Base::collect, Base::add_collected, Base::select, Base::sort_list, Base::prefix,
-        Base::kLevels, Base::kOfANat, Base::level_of, Base::by_rank, Base::tally, Base::level_reached, Base::end_of,
-        Base::top_, Base::temperature_, Base::roof_, Base::have_list_, Base::sorted_;
+    using Base::s_, Base::job_, Base::x_, Base::n_, Base::wide_max_, Base::maxima, Base::hold, Base::hold_all,
+        Base::key, Base::index, Base::least_of, Base::block_count, Base::argmax, Base::kChunk, Base::list,
+        Base::z_of, Base::whole, Base::in_range, Base::for_kept, Base::total, Base::log_of, Base::log_total,
+        Base::moments, Base::make_list, Base::thin, Base::keep_if, Base::drop_below, Base::first, Base::keep_from,
+        Base::least_where, Base::keep_where, Base::least, Base::collect, Base::add_collected, Base::select,
+        Base::sort_list, Base::prefix, Base::kOfANat, Base::level_of, Base::by_rank, Base::tally,
+        Base::level_reached, Base::end_of, Base::top_, Base::temperature_, Base::roof_, Base::have_list_,
+        Base::sorted_;
     template <class Sum>
     using Tally = typename Base::template Tally<Sum>;
 

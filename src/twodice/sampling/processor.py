@@ -129,7 +129,7 @@ class Processor(LogitsProcessor):
             if not torch.equal(ids, self._prompt):
                 raise ContractError(
                     "a processor with an attention_mask serves the prompts of that mask only; got other "
-                    "prompts, or a generation that moves rows (beams, assistants): make one for each call"
+                    "prompts, or a generation that moves rows (beams): make one for each call"
                 )
         self.reset()
         rows = ids.shape[0]
