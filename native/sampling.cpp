@@ -23,7 +23,6 @@ namespace nb = nanobind;
 namespace twodice {
 namespace {
 
-constexpr int64_t kBlock = 128;  // values a block maximum stands for
 constexpr int64_t kDrawn = 16;   // blocks whose noise is made in one go
 constexpr double kDryMost = 1e30;
 

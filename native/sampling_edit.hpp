@@ -9,12 +9,13 @@ struct Penalties {
     F repetition = 1, presence = 0, frequency = 0;
 
     bool lower() const { return repetition >= 1 && presence >= 0 && frequency >= 0; }
-    // No branch: what a value is, and whether it was said in the text, cannot be predicted.
-    void change(F* x, const int32_t* told, int32_t n) const {
-        for (int32_t i = 0; i < n; ++i) {
+    // Values of ids that the history has, each with how often the text has it. No branch: what a value is, and whether the
+    // text has it, cannot be predicted.
+    void change(F* x, const int32_t* said, int64_t count) const {
+        for (int64_t i = 0; i < count; ++i) {
             const F less = x[i] / repetition, more = x[i] * repetition, seldom = x[i] > 0 ? less : more;
-            const F often = (seldom - static_cast<F>(told[i]) * frequency) - presence;
-            x[i] = told[i] > 0 ? often : seldom;
+            const F often = (seldom - static_cast<F>(said[i]) * frequency) - presence;
+            x[i] = said[i] > 0 ? often : seldom;
         }
     }
 };

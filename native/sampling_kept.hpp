@@ -12,7 +12,8 @@ class Kept : public Row<F> {
     using typename Base::Key;
     using typename Base::Bits;
     using Base::x_, Base::n_, Base::max_, Base::maxima, Base::buffers, Base::hold, Base::hold_all, Base::key,
-        Base::index, Base::least_of, Base::block_count, Base::block_end, Base::waiting_, Base::waits;
+        Base::index, Base::least_of, Base::block_count, Base::block_end, Base::waiting_, Base::waits,
+        Base::reached_by;
     static constexpr int64_t kChunk = 256;
     static_assert(kChunk % kBlock == 0, "a chunk is whole blocks");
 
@@ -179,12 +180,7 @@ class Kept : public Row<F> {
     void collect_block(int64_t b, F low, F high, std::vector<Key>& out) const {
         hold(b);
         low = std::max(low, std::numeric_limits<F>::lowest());  // what lives
-        const int64_t end = block_end(b);
-        for (int64_t i = b * kBlock; i < end; i += 64)
-            for (uint64_t mask = within(x_ + i, std::min<int64_t>(64, end - i), low, high); mask != 0; mask &= mask - 1) {
-                const int64_t at = i + __builtin_ctzll(mask);
-                out.push_back(key(x_[at], static_cast<uint32_t>(at)));
-            }
+        this->list_block(x_ + b * kBlock, b, low, high, out);
     }
 
     // The `count` first keys of the rank order, unsorted; fewer where fewer live. What `count` maxima of blocks reach, so
@@ -211,20 +207,6 @@ class Kept : public Row<F> {
             std::nth_element(out.begin(), out.begin() + (count - 1), out.end(), std::greater<Key>());
             out.resize(count);
         }
-    }
-
-    // A number that at least `count` of `size` reach, and not many more, by bisection over the ordered bits; -inf where
-    // fewer live.
-    F reached_by(int64_t count, const F* x, int64_t size) const {
-        const int64_t enough = count + count / 8;
-        Bits low = O::ordered(-INFINITY), high = O::ordered(max_);
-        while (high - low > 1) {
-            const Bits middle = low + (high - low) / 2;
-            const int64_t found = count_from(x, size, O::value(middle));
-            (found >= count ? low : high) = middle;
-            if (found >= count && found <= enough) break;
-        }
-        return O::value(low);
     }
 
     void sort_list() {

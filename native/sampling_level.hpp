@@ -3,6 +3,7 @@
 #include "sampling_vector.hpp"
 #include "sampling_mass.hpp"
 #include "sampling_edit.hpp"
+#include "sampling_order.hpp"
 #include "sampling_row.hpp"
 #include "sampling_kept.hpp"
 #include "sampling_levels.hpp"

@@ -5,31 +5,6 @@
 // wait the block's maximum is the one before them, which is not below the true one.
 
 template <class F>
-struct Order;
-
-template <>
-struct Order<float> {
-    using Key = uint64_t;
-    using Bits = uint32_t;
-    static inline Bits ordered(float x) {
-        const uint32_t b = bits_of<uint32_t>(x + 0.0f);  // -0 becomes +0: they are equal
-        return b ^ (static_cast<uint32_t>(static_cast<int32_t>(b) >> 31) | 0x80000000u);
-    }
-    static inline float value(Bits o) { return bits_of<float>(o & 0x80000000u ? o ^ 0x80000000u : ~o); }
-};
-
-template <>
-struct Order<double> {
-    using Key = unsigned __int128;
-    using Bits = uint64_t;
-    static inline Bits ordered(double x) {
-        const uint64_t b = bits_of<uint64_t>(x + 0.0);
-        return b ^ (static_cast<uint64_t>(static_cast<int64_t>(b) >> 63) | 0x8000000000000000u);
-    }
-    static inline double value(Bits o) { return bits_of<double>(o >> 63 ? o ^ 0x8000000000000000u : ~o); }
-};
-
-template <class F>
 class Row {
    public:
     Row(const Logits& in, const Job& job, Scratch& scratch) : in_(in), job_(job), s_(scratch) {}
@@ -52,16 +27,8 @@ class Row {
     void wait(const Penalties<F>& penalties) {
         penalties_ = penalties;
         waiting_ = true;
-        const int64_t* const ids = penalties.past;
-        auto& next = s_.next_waiting;
-        int32_t* const first = s_.first_waiting.data();
-        if (static_cast<int64_t>(next.size()) < penalties.end) next.resize(penalties.end);
-        for (int64_t j = penalties.begin; j < penalties.end; ++j) {
-            const int64_t b = block_of(ids[j]);
-            next[j] = first[b];
-            first[b] = static_cast<int32_t>(j);
-        }
-        if (penalties.lower() && std::find(s_.held.begin(), s_.held.end(), 1) == s_.held.end()) return;
+        chained_ = false;
+        if (penalties.lower() && !any_held()) return;
         for (int64_t b = 0; b < block_count(); ++b) {
             if (!waits(b) || (!holds(b) && penalties.lower())) continue;
             if (maxima()[b] == -INFINITY) {  // stays what it is, and a grammar leaves little else
@@ -119,7 +86,13 @@ class Row {
     uint32_t id_of(uint32_t index) const { return ids_ ? static_cast<uint32_t>(ids_[index]) : index; }
 
     bool holds(int64_t b) const { return all_held_ || s_.held[b]; }
-    bool waits(int64_t b) const { return waiting_ && s_.first_waiting[b] >= 0; }
+    bool waits(int64_t b) const {
+        if (!waiting_) return false;
+        if (!chained_) chain();
+        return s_.first_waiting[b] >= 0;
+    }
+
+    bool any_held() const { return std::memchr(s_.held.data(), 1, s_.held.size()) != nullptr; }
 
     // x_ may be read in block b.
     void hold(int64_t b) const {
@@ -148,9 +121,37 @@ class Row {
     // The values of a block, for one reading: there, or in `near`, which has room for them.
     const F* peek(int64_t b, F* near) const {
         if (waits(b)) hold(b);
-        if (holds(b)) return x_ + b * kBlock;
+        return holds(b) ? x_ + b * kBlock : as_it_came(b, near);
+    }
+
+    const F* as_it_came(int64_t b, F* near) const {
+        if (as_it_lies_) return reinterpret_cast<const F*>(start_) + b * kBlock;
         widen<F>(in_, start_, b * kBlock, block_end(b) - b * kBlock, near);
         return near;
+    }
+
+    // Adds the keys of a block whose values, at x, lie between two bounds.
+    void list_block(const F* x, int64_t b, F low, F high, std::vector<Key>& out) const {
+        const int64_t begin = b * kBlock, size = block_end(b) - begin;
+        for (int64_t i = 0; i < size; i += 64)
+            for (uint64_t mask = within(x + i, std::min<int64_t>(64, size - i), low, high); mask != 0; mask &= mask - 1) {
+                const int64_t at = i + __builtin_ctzll(mask);
+                out.push_back(key(x[at], static_cast<uint32_t>(begin + at)));
+            }
+    }
+
+    // A number that at least `count` of `size` reach, and not many more, by bisection over the ordered bits; -inf where
+    // fewer live.
+    F reached_by(int64_t count, const F* x, int64_t size) const {
+        const int64_t enough = count + count / 8;
+        Bits low = O::ordered(-INFINITY), high = O::ordered(max_);
+        while (high - low > 1) {
+            const Bits middle = low + (high - low) / 2;
+            const int64_t found = count_from(x, size, O::value(middle));
+            (found >= count ? low : high) = middle;
+            if (found >= count && found <= enough) break;
+        }
+        return O::value(low);
     }
 
     // The lowest index of the greatest value; nothing waits at the first block that has it (take_top).
@@ -221,14 +222,13 @@ class Row {
         if (max_ == INFINITY) return kInfinite;
         if (edited_) {
             s_.stale.assign(block_count(), 0);
-            s_.first_waiting.assign(block_count(), -1);
             Edits<F>(job_, set, s_, *this, row).run();
             if (set.allowed.begin < set.allowed.end)
                 only_ids(set.allowed);
             else
                 for (int64_t b = 0; b < block_count(); ++b)
                     if (s_.stale[b]) hold(b), maxima()[b] = maximum_of(x_, b);
-            take_top();
+            if (!few(set)) take_top();
             if (max_ == INFINITY) return kInfinite;
         }
         return max_ == -INFINITY ? kEmpty : kOk;
@@ -246,6 +246,7 @@ class Row {
     double wide_max_ = 0;
     bool edited_ = false;
     bool waiting_ = false;  // there are penalties that may wait
+    bool few_ = false;      // the list has every token that top-k may keep
 
    private:
     // The maximum of a block after one of its values has changed, or that it must be taken again.
@@ -287,6 +288,21 @@ class Row {
         if (waits(b)) penalise(b);
     }
 
+    // The places of the history by the block of their ids.
+    void chain() const {
+        chained_ = true;
+        const int64_t* const ids = penalties_.past;
+        auto& next = s_.next_waiting;
+        s_.first_waiting.assign(block_count(), -1);
+        int32_t* const first = s_.first_waiting.data();
+        if (static_cast<int64_t>(next.size()) < penalties_.end) next.resize(penalties_.end);
+        for (int64_t j = penalties_.begin; j < penalties_.end; ++j) {
+            const int64_t b = block_of(ids[j]);
+            next[j] = first[b];
+            first[b] = static_cast<int32_t>(j);
+        }
+    }
+
     // Runs what waits at a block that is held. A place of the history is looked at once, an id changed once.
     void penalise(int64_t b) const {
         int32_t told[kBlock], place[kBlock] = {};  // how often an id was said; its place in `ids`, counted from 1
@@ -319,6 +335,64 @@ class Row {
         for (int64_t b = 0; b < block_count(); ++b) maxima()[b] = maximum_of(x_, b);
     }
 
+    // For a program whose first filter is top-k: lists the tokens that it may keep, and no block need be held. A value that
+    // penalties lower is among the first only if it was, so the history is asked for the few ids alone that were.
+    bool few(const Settings& set) {
+        const uint8_t stage = set.stages[set.stages[0] == kTemperature];
+        if (stage != kTopK || !waiting_ || !penalties_.lower()) return false;
+        auto& keys = buffers().keys;
+        for (int64_t count = set.top_k + set.top_k / 4; count < block_count(); count *= 2) {
+            const F least = reached_by(count, maxima().data(), block_count());
+            if (least == -INFINITY) return false;
+            keys.clear();
+            auto list = [&](bool held) {
+                F near[kBlock];
+                for (int64_t b = 0; b < block_count(); ++b)
+                    if (maxima()[b] >= least && holds(b) == held)
+                        list_block(held ? x_ + b * kBlock : as_it_came(b, near), b, least, static_cast<F>(INFINITY), keys);
+            };
+            if (any_held()) list(true);
+            const size_t done = keys.size();
+            list(false);
+            penalise_keys(keys, done);
+            const Key lowest = least_of(least);
+            keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k < lowest; }), keys.end());
+            if (static_cast<int64_t>(keys.size()) < set.top_k) continue;
+            max_ = O::value(static_cast<Bits>(*std::max_element(keys.begin(), keys.end()) >> 32));
+            wide_max_ = static_cast<double>(max_);
+            few_ = true;
+            return true;
+        }
+        return false;
+    }
+
+    // Keys, from one on, of values as they came, of blocks that nobody holds: runs what waits at them and puts their values
+    // in place.
+    void penalise_keys(std::vector<Key>& keys, size_t from) {
+        s_.said.begin(block_count());
+        for (size_t j = from; j < keys.size(); ++j) s_.said.ask(index(keys[j]));
+        s_.said.look(penalties_.past, penalties_.begin, penalties_.text, penalties_.end);
+        constexpr int64_t kSome = 64;
+        for (size_t begin = from; begin < keys.size(); begin += kSome) {
+            const int64_t size = std::min<int64_t>(kSome, keys.size() - begin);
+            Key* const own = keys.data() + begin;
+            F before[kSome], after[kSome];
+            int32_t times[kSome];
+            bool has[kSome];
+            for (int64_t j = 0; j < size; ++j) {
+                before[j] = after[j] = O::value(static_cast<Bits>(own[j] >> 32));
+                has[j] = s_.said.has(index(own[j]), times[j]);
+            }
+            penalties_.change(after, times, size);
+            for (int64_t j = 0; j < size; ++j) {
+                const uint32_t at = index(own[j]);
+                const F value = has[j] ? after[j] : before[j];
+                values()[at] = value;
+                own[j] = key(value, at);
+            }
+        }
+    }
+
     void take_top() {
         for (;;) {
             bool bad = false;
@@ -335,4 +409,5 @@ class Row {
     bool joined_ = false;      // one value lies behind the other
     bool as_it_lies_ = false;  // and all have type F
     mutable bool all_held_ = false;
+    mutable bool chained_ = false;  // the places of the history stand by block
 };

@@ -10,7 +10,7 @@ class Stages : public Levels<F> {
     using typename Base::Key;
     using typename Base::Bits;
     using Base::s_, Base::job_, Base::x_, Base::n_, Base::wide_max_, Base::maxima, Base::hold, Base::hold_all,
-        Base::key, Base::index, Base::least_of, Base::block_count, Base::argmax, Base::kChunk, Base::list,
+        Base::key, Base::index, Base::least_of, Base::block_count, Base::argmax, Base::few_, Base::kChunk, Base::list,
         Base::z_of, Base::whole, Base::in_range, Base::for_kept, Base::total, Base::log_of, Base::log_total,
         Base::moments, Base::make_list, Base::thin, Base::keep_if, Base::drop_below, Base::first, Base::keep_from,
         Base::least_where, Base::keep_where, Base::least, Base::collect, Base::add_collected, Base::select,
@@ -126,6 +126,7 @@ class Stages : public Levels<F> {
     }
 
     void top_k(int64_t k, bool ties) {
+        have_list_ |= few_;
         if (have_list_) {
             auto& keys = list();
             if (k >= static_cast<int64_t>(keys.size())) return;

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "sampling_said.hpp"
+
 namespace twodice {
 
 enum Type : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
@@ -109,6 +111,7 @@ struct Candidate {  // a token that may be drawn: its place, its 16 leading bits
 };
 
 struct Scratch {
+    Said said;
     Buffers<float, uint64_t> narrow;
     Buffers<double, unsigned __int128> wide;
     std::vector<int32_t> numbers;        // a number an id, all 0 between uses
