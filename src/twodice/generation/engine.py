@@ -27,7 +27,7 @@ from twodice.generation.text import Detokenizer, TextStream
 from twodice.sampling.explain import explain
 from twodice.sampling.explanation import Explanation
 from twodice.sampling.params import SamplingParams
-from twodice.sampling.sample import SEED_BITS, sample
+from twodice.sampling.sample import SEED_BITS, raise_on_bad, sample
 
 #: Called with (index of the request, completion, piece of text) as soon as a piece is certain.
 OnText = Callable[[int, int, str], None]
@@ -325,7 +325,10 @@ class _Batch:
             completion=torch.tensor([one.completion for one in live]),
             state=torch.tensor([one.state for one in live], dtype=torch.float64),
             need=("raw_logprob",),
-            on_bad_row="raise",
+            on_bad_row="flag",
+        )
+        raise_on_bad(
+            drawn.status, "drop what the settings of this request forbid, or load a model that is finite"
         )
         assert drawn.raw_logprob is not None, "it was asked for"
         tokens, logprobs = drawn.tokens.tolist(), drawn.raw_logprob.tolist()

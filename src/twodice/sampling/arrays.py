@@ -101,6 +101,11 @@ def _unreadable(value: Any, error: Exception) -> str:
         return name
     if any(isinstance(one, Tensor) for one in value):
         return f"a {name} of tensors: torch.stack makes one of them"
+    if any(isinstance(one, str) for one in value):
+        return f"a {name} of text, {value[0]!r} the first: a tokenizer makes ids of it"
+    lengths = [len(one) for one in value if isinstance(one, list | tuple)]
+    if len(set(lengths)) > 1:
+        return f"rows of {min(lengths)} to {max(lengths)}: they must be of one length"
     return f"{name}: {error}"
 
 

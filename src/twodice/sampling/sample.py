@@ -114,8 +114,13 @@ def mask_of(value: Any, lead: tuple[int, ...], vocabulary: int, device: torch.de
     """The packed mask, (*lead, ceil(V / 32)) int32 with a contiguous last axis, on the logits' device."""
     if value is None:
         return None
-    found = tensor_of("allowed_mask", value)
     shape = (*lead, (vocabulary + 31) // 32)
+    if isinstance(value, list | tuple) and any(row is None for row in value):
+        # Of an engine that holds the grammar of each request; a row without one is free.
+        free = torch.full(shape[1:], -1, dtype=torch.int32)
+        masks = [mask_of(row, lead[1:], vocabulary, free.device) for row in value]
+        value = torch.stack([free if mask is None else mask for mask in masks])
+    found = tensor_of("allowed_mask", value)
     if found.shape != shape or found.dtype not in _WORDS_OF_32:
         how = ""
         if found.dtype == torch.bool:
@@ -243,7 +248,8 @@ def sample(
         Which of n continuations of one request this is; in [0, 2^32).
     allowed_mask : (R, ceil(V / 32)) int32 tensor, optional
         Bit ``id % 32`` of word ``id // 32`` says whether the id may be drawn, as grammar engines pack it.
-        uint32 too, and lists and 64-bit arrays whose numbers fit into 32 bits, signed or not.
+        uint32 too, and lists and 64-bit arrays whose numbers fit into 32 bits, signed or not. Of a list of
+        rows, None is one in which everything is allowed.
     state : (R,) float64 tensor, optional
         Mirostat's `Sampled.state` of the position before; None, or NaN in a row, starts anew. A row without
         mirostat has NaN there; a number in it is an error.

@@ -161,7 +161,8 @@ def verify(
         Of the target model: ``logits[:, 0]`` behind the text so far, ``logits[:, j]`` behind j drafted
         tokens.
     draft_tokens : (R, D) integers
-        What the draft proposes; a shorter draft ends in -1. Where it came from does not matter.
+        What the draft proposes; a shorter draft ends in -1, or is a shorter one of a list of lists. Where it
+        came from does not matter.
     params, position, history, completion, state, need, on_bad_row
         As for `sample`: a seed in every row, the position of ``draft_tokens[:, 0]``, the history without the
         draft (each place sees the drafted tokens before it too). Rows with a `state` are drawn place by
@@ -275,6 +276,10 @@ def _checked(
         )
     rows, width, vocabulary = logits.shape
     must = f"({rows}, {width - 1}) integers, one fewer a row than logits"
+    if isinstance(draft_tokens, list | tuple) and all(isinstance(one, list | tuple) for one in draft_tokens):
+        sizes = {len(one) for one in draft_tokens}
+        if len(sizes) > 1 and max(sizes) == width - 1:  # as drafters give them
+            draft_tokens = [[*one, *[-1] * (width - 1 - len(one))] for one in draft_tokens]
     draft = integers_of("draft_tokens", draft_tokens, must)
     if draft.shape != (rows, width - 1):
         raise ShapeError(f"draft_tokens must be {must}; got shape {tuple(draft.shape)}")

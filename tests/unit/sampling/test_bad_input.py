@@ -311,6 +311,8 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: sample(X, COUNTS, 0, history=(*PAST[:2], None)), RequestError, "got no prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=PAST[:2]), RequestError, "got no prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=7), ShapeError, "got int"),
+        (lambda: sample(X, COUNTS, 0, history=(["a", "b"], *PAST[1:])), ShapeError, "text, 'a' the first"),
+        (lambda: sample(X, SEEDED, 0, allowed_mask=[None, [1]]), ShapeError, r"must be \(2,\) int32"),
         (lambda: sample(X, COUNTS, 0, history=(*PAST, [0])), ShapeError, "ids, offsets, prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=([1, 2, 40], *PAST[1:])), RequestError, "got 1 to 40"),
         (lambda: sample(X, COUNTS, 0, history=([1, -2, 4], *PAST[1:])), RequestError, "got -2 to 4"),
@@ -415,6 +417,15 @@ def test_a_mask_may_be_what_engines_and_lists_have() -> None:
         assert found.tokens.equal(wanted.tokens)
         both = verify(DRAFTED, [[-1], [-1]], SEEDED, 0, allowed_mask=[[row, row] for row in words])
         assert both.next_tokens.equal(wanted.tokens)
+
+
+def test_a_row_of_a_mask_that_is_none_is_free() -> None:
+    row = torch.tensor([3, 0], dtype=torch.int32)
+    mask = torch.stack([torch.full((2,), -1, dtype=torch.int32), row])
+    for given in ([None, row], [None, [3, 0]], (None, row.numpy())):
+        found = sample(X, SEEDED, 0, allowed_mask=given, need=("kept",))
+        assert found.kept is not None and found.kept[0].tolist() == [0, 40, 42]
+        assert found.tokens.equal(sample(X, SEEDED, 0, allowed_mask=mask).tokens)
 
 
 def test_the_error_for_a_mask_of_truths_says_how_to_pack_it() -> None:

@@ -270,10 +270,20 @@ def test_no_rows_and_no_drafts_are_served_and_arrays_come_back_as_arrays() -> No
     assert found.tokens[:, 0].tolist() == sample(x[:, 0], params, [4, 5]).tokens.tolist()
 
 
+def test_drafts_of_unlike_lengths_may_come_as_lists() -> None:
+    x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(0))
+    params = [SamplingParams(seed=i) for i in range(3)]
+    found, padded = (
+        verify(x, draft, params, 0) for draft in ([[1, 2], [], [3]], [[1, 2], [-1, -1], [3, -1]])
+    )
+    assert found.tokens.equal(padded.tokens) and found.next_tokens.equal(padded.next_tokens)
+
+
 def test_what_does_not_fit_is_an_error() -> None:
     x, params = torch.zeros(2, 3, 8), SamplingParams(seed=0)
     cases: list[tuple[Any, str, dict[str, Any]]] = [
         (ShapeError, r"\(2, 2\) integers", {"draft_tokens": [[1], [2]]}),
+        (ShapeError, "rows of 1 to 3: they must be of one length", {"draft_tokens": [[1], [2, 2, 2]]}),
         (ShapeError, r"\(2, 2\) integers", {"draft_tokens": [[1.0, 2], [2, 1]]}),
         (ShapeError, r"\(2, 2\) integers.*complex", {"draft_tokens": torch.ones(2, 2) * 1j}),
         (ShapeError, r"floats; got \(2, 3, 8\) of torch.int64", {"logits": x.long()}),
