@@ -83,12 +83,13 @@ T* at(uintptr_t address) {
 }
 
 // All arrays come as addresses; the caller (kernels/sampling.py) has checked shapes, types and bounds and keeps them
-// alive. Returns the number of bad rows, or with the kept sets (bad rows, ids one row behind the other).
+// alive. A bad row has its negative status in the place of a token. Returns the number of bad rows, or with the kept sets
+// (bad rows, ids one row behind the other).
 nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, int64_t row_bytes, int64_t column_stride,
                   nb::tuple settings, int64_t setting_count, uintptr_t keys, int64_t key_count, uintptr_t positions,
                   int64_t position, uintptr_t completions, int64_t completion, nb::tuple past, uintptr_t mask,
-                  int64_t mask_stride, uintptr_t state, int need, uintptr_t token, uintptr_t rank, uintptr_t status,
-                  uintptr_t floats, uintptr_t kept_offsets, int threads) {
+                  int64_t mask_stride, uintptr_t state, int need, uintptr_t token, uintptr_t rank, uintptr_t floats,
+                  uintptr_t kept_offsets, int threads) {
     const Logits in{at<const char>(data), type, rows, vocabulary, row_bytes, column_stride};
     const Job job{at<const Settings>(nb::cast<uintptr_t>(settings[0])),
                   setting_count == 1,
@@ -109,7 +110,6 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
                   need};
     int64_t* const tokens = at<int64_t>(token);
     int64_t* const ranks = at<int64_t>(rank);
-    int32_t* const statuses = at<int32_t>(status);
     double* const numbers = at<double>(floats);
     std::vector<std::vector<int64_t>> kept((need & kNeedKept) ? static_cast<size_t>(rows) : 0);
     std::atomic<int64_t> bad{0};
@@ -121,8 +121,7 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
                 Result out;
                 const int found = run_row(in, job, scratch, row, out);
                 if (found != kOk) bad.fetch_add(1, std::memory_order_relaxed);
-                statuses[row] = found;
-                tokens[row] = out.token;
+                tokens[row] = found == kOk ? out.token : -found;
                 if (need & kNeedRank) ranks[row] = out.rank;
                 if (need & ~(kNeedRank | kNeedKept)) {
                     numbers[row] = out.logprob;

@@ -25,6 +25,7 @@ lent.lend()
 _TYPES = {torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.float64: (3, 8)}
 _WORTH_A_THREAD = 131072  # values; below, a second thread costs more than it saves
 _BITS = {name: 1 << i for i, name in enumerate(NEEDS)}
+_NO_PAST = (0, 0, 0)
 _FLOATS = tuple(name for name in NEEDS if name not in ("rank", "kept"))
 
 
@@ -55,8 +56,7 @@ def native(
     position, completion, keys = draw.position, draw.completion, draw.keys
     at, one_at = (0, position) if isinstance(position, int) else (position.data_ptr(), 0)
     which, one_which = (0, completion) if isinstance(completion, int) else (completion.data_ptr(), 0)
-    tokens = torch.empty(rows, dtype=torch.int64)
-    status = torch.empty(rows, dtype=torch.int32)
+    tokens = keys.new_empty(rows)  # int64 as they are, and sooner made than by torch.empty
     bits = 0
     rank = floats = offsets = moved = None
     if need:  # most calls of a text ask for nothing, and every microsecond of Python is a few per cent of one
@@ -85,28 +85,31 @@ def native(
         one_at,
         which,
         one_which,
-        (0, 0, 0) if past is None else (past.ids.data_ptr(), past.offsets.data_ptr(), _pointer(past.prompts)),
-        _pointer(mask),
+        _NO_PAST if past is None else (past.ids.data_ptr(), past.offsets.data_ptr(), _pointer(past.prompts)),
+        0 if mask is None else mask.data_ptr(),
         0 if mask is None else mask.stride(0),
-        _pointer(moved),
+        0 if moved is None else moved.data_ptr(),
         bits,
         tokens.data_ptr(),
-        _pointer(rank),
-        status.data_ptr(),
-        _pointer(floats),
-        _pointer(offsets),
+        0 if rank is None else rank.data_ptr(),
+        0 if floats is None else floats.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
         threads,
     )
-    out = Sampled(tokens, status, rank=rank, state=moved)
+    out = Sampled(tokens, tokens, rank=rank, state=moved)
+    del out.status  # which is made when it is read
     if floats is not None:
         for name, values in zip(_FLOATS, floats, strict=True):
             if name in need:
                 setattr(out, name, values)
-    if offsets is None:
-        return out, found
-    bad, flat = found
-    ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
-    out.kept = (offsets, ids)
+    bad = found
+    if offsets is not None:
+        bad, flat = found
+        ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+        out.kept = (offsets, ids)
+    if bad:  # a bad row has its negative status in the place of a token
+        out.status = (-tokens).clamp_(min=0).to(torch.int32)
+        tokens.clamp_(min=-1)
     return out, bad
 
 

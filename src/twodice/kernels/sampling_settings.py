@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 MAX_VOCABULARY = 1 << 20  # masses are at most 2^42 each, so their sum stays below 2^63
@@ -250,6 +251,14 @@ class Sampled:
     entropy: Tensor | None = None
     temperature_entropy: Tensor | None = None
     state: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Called for what is not set. A status that nobody has set is that of rows that are all OK; it is made
+        # when somebody reads it, because making a tensor takes a tenth of a call.
+        if name != "status":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.status = torch.zeros(len(self.tokens), dtype=torch.int32)
+        return self.status
 
     def __repr__(self) -> str:
         return told(self)

@@ -159,10 +159,10 @@ def returned(result: Result, like: Any) -> Result:
             return tuple(converted(one) for one in value)
         return value
 
-    for field in fields(result):  # type: ignore[arg-type]
-        value = getattr(result, field.name)
+    values = {field.name: getattr(result, field.name) for field in fields(result)}  # type: ignore[arg-type]
+    for name, value in values.items():
         found = converted(value)
-        if field.name == "state" and value is not None and "float64" not in str(found.dtype):
+        if name == "state" and value is not None and "float64" not in str(found.dtype):
             found = value.cpu().numpy()
-        setattr(result, field.name, found)
+        setattr(result, name, found)
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_
 from threading import Lock
 from typing import Any
 
@@ -160,10 +161,19 @@ class Packs:
         self.most = most
         self.held = 0
         self._kept: dict[Any, Packed] = {}  # the one used longest ago stands first
+        self._last: tuple[Any, Packed | None] = (None, None)  # what came last, and its settings
         self._lock = Lock()
 
     def __call__(self, params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
         """Pack settings for the kernels; kept, because a text is many calls with the same settings."""
+        known, found = self._last
+        if found is not None and _same(known, params):  # no hash, which takes as long as a small row
+            return found
+        found = self._find(params)
+        self._last = params, found
+        return found
+
+    def _find(self, params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:
         with self._lock:
             # Put back under what came: the next call of a text brings the same objects, which need no
             # comparison, while equal settings that are other objects are compared field by field.
@@ -179,6 +189,13 @@ class Packs:
                 while self.held > self.most:
                     self.held -= self._kept.pop(next(iter(self._kept))).size
         return made
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings, or two tuples of them, are the same objects."""
+    if a is b:
+        return True
+    return type(a) is tuple and type(b) is tuple and len(a) == len(b) and all(map(is_, a, b))
 
 
 pack = Packs(1 << 26)

@@ -296,7 +296,8 @@ def sample(
     readable("logits", logits)
     if logits.ndim == 1:
         logits = logits[None]
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in FLOATS:
+    shape = logits.shape
+    if len(shape) != 2 or shape[1] == 0 or logits.dtype not in FLOATS:
         raise ShapeError(
             "logits must be (rows, vocabulary) 16-, 32- or 64-bit floats; "
             f"got {tuple(logits.shape)} of {logits.dtype}"
@@ -305,7 +306,7 @@ def sample(
         logits = logits.detach()
     if logits.is_neg():  # a view that is still to be negated: the kernels read memory
         logits = logits.resolve_neg()
-    rows, vocabulary = logits.shape
+    rows, vocabulary = shape
     if vocabulary > MAX_VOCABULARY:
         raise ShapeError(f"the vocabulary must be at most 2^20; got {vocabulary}")
     if not isinstance(params, SamplingParams):

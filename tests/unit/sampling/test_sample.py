@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -314,3 +316,32 @@ def test_none_in_a_row_starts_the_state_anew() -> None:
     told, held = sample(x, steered, 0, state=[float("nan"), 4.0]), sample(x, steered, 0, state=[None, 4.0])
     assert told.state is not None and held.state is not None
     assert torch.equal(told.tokens, held.tokens) and torch.equal(told.state, held.state)
+
+
+def test_the_status_is_there_whenever_it_is_read() -> None:
+    x = torch.randn(3, 50)
+    found = sample(x, SamplingParams(seed=1), 0)
+    assert found.status.dtype == torch.int32 and found.status.tolist() == [0, 0, 0]
+    assert found.status is found.status and "status=tensor([0, 0, 0]" in repr(found)
+    for again in (
+        copy.copy(found),
+        copy.deepcopy(found),
+        pickle.loads(pickle.dumps(sample(x, SamplingParams(seed=1), 0))),
+    ):
+        assert again.status.tolist() == [0, 0, 0] and again.tokens.equal(found.tokens)
+    x[1], x[2, 3] = -torch.inf, torch.nan
+    found = sample(x, SamplingParams(seed=1), 0, on_bad_row="flag")
+    assert found.status.tolist() == [0, 3, 1] and found.tokens[1:].tolist() == [-1, -1]
+    with pytest.raises(AttributeError, match="'Sampled' object has no attribute 'statuses'"):
+        found.statuses  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_settings_that_came_last_are_known_by_what_they_are_and_not_by_where_they_stand() -> None:
+    x = torch.randn(2, 60, generator=torch.Generator().manual_seed(0))
+    first, other = SamplingParams(seed=1, top_k=1), SamplingParams(seed=1, banned_tokens=x.argmax(1).tolist())
+    batch = [first, first]
+    assert sample(x, batch, 0).tokens.equal(x.argmax(1))
+    batch[1] = other  # the same list
+    assert sample(x, batch, 0).tokens[1] == sample(x[1], other, 0).tokens[0]
+    assert sample(x, tuple(batch), 0).tokens.equal(sample(x, batch, 0).tokens)
+    assert sample(x, [first, first], 0).tokens.equal(x.argmax(1))
