@@ -94,7 +94,7 @@ nb::object sample(uintptr_t data, int type, int64_t rows, int64_t vocabulary, in
     const Job job{at<const Settings>(nb::cast<uintptr_t>(settings[0])),
                   setting_count == 1,
                   at<const int64_t>(nb::cast<uintptr_t>(settings[1])),
-                  at<const float>(nb::cast<uintptr_t>(settings[2])),
+                  at<const double>(nb::cast<uintptr_t>(settings[2])),
                   at<const uint64_t>(keys),
                   key_count == 1,
                   at<const int64_t>(positions),

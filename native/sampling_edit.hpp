@@ -36,7 +36,7 @@ class Edits {
     }
 
     static bool wanted(const Job& job, const Settings& set) {
-        const bool repeats = set.penalty != 1.0f || set.presence != 0.0f || set.frequency != 0.0f || set.ngram > 0 ||
+        const bool repeats = set.penalty != 1.0 || set.presence != 0.0 || set.frequency != 0.0 || set.ngram > 0 ||
                              set.dry_multiplier > 0;
         return job.mask || set.bias.begin < set.bias.end || set.allowed.begin < set.allowed.end ||
                set.banned.begin < set.banned.end || set.min_tokens > 0 || (repeats && job.past_offsets);
@@ -45,7 +45,7 @@ class Edits {
     // Everything but the allowed ids, which the caller takes out of the row.
     void run() {
         for (int64_t j = set_.bias.begin; j < set_.bias.end; ++j)
-            into_.change(job_.ids[j], [&](F x) { return x + job_.values[j]; });
+            into_.change(job_.ids[j], [&](F x) { return x + static_cast<F>(job_.values[j]); });
         if (job_.mask) into_.mask(job_.mask + row_ * job_.mask_stride);
         ban(set_.banned);
         const bool counted = job_.past_offsets && job_.past_prompts;
@@ -66,7 +66,7 @@ class Edits {
     }
 
     void penalise() {
-        const bool repeated = set_.penalty != 1.0f, counted = set_.presence != 0.0f || set_.frequency != 0.0f;
+        const bool repeated = set_.penalty != 1.0, counted = set_.presence != 0.0 || set_.frequency != 0.0;
         if (!repeated && !counted) return;
         const int64_t begin = set_.penalty_range > 0 && set_.penalty_range < length_ ? length_ - set_.penalty_range : 0;
         const int64_t behind = prompt_ < begin ? begin : prompt_;  // the prompt

@@ -27,7 +27,6 @@ class Row {
     void wait(const Penalties<F>& penalties) {
         penalties_ = penalties;
         waiting_ = true;
-        chained_ = false;
         if (penalties.lower() && !any_held()) return;
         for (int64_t b = 0; b < block_count(); ++b) {
             if (!waits(b) || (!holds(b) && penalties.lower())) continue;
@@ -228,7 +227,7 @@ class Row {
             else
                 for (int64_t b = 0; b < block_count(); ++b)
                     if (s_.stale[b]) hold(b), maxima()[b] = maximum_of(x_, b);
-            if (!few(set)) take_top();
+            if (!list_few(set)) take_top();
             if (max_ == INFINITY) return kInfinite;
         }
         return max_ == -INFINITY ? kEmpty : kOk;
@@ -246,7 +245,7 @@ class Row {
     double wide_max_ = 0;
     bool edited_ = false;
     bool waiting_ = false;  // there are penalties that may wait
-    bool few_ = false;      // the list has every token that top-k may keep
+    bool few_ = false;      // the first filter is top-k, and the list has every token that it may keep
 
    private:
     // The maximum of a block after one of its values has changed, or that it must be taken again.
@@ -335,25 +334,27 @@ class Row {
         for (int64_t b = 0; b < block_count(); ++b) maxima()[b] = maximum_of(x_, b);
     }
 
-    // For a program whose first filter is top-k: lists the tokens that it may keep, and no block need be held. A value that
-    // penalties lower is among the first only if it was, so the history is asked for the few ids alone that were.
-    bool few(const Settings& set) {
+    // For a program whose first filter is top-k: lists the tokens that it may keep, finds the greatest, and is true. A value
+    // that penalties lower is among the first only if it was, so the history is asked for the few ids alone that were, and
+    // no block need be held. Where few of them stay it tries more, but not often, for each try is a walk.
+    bool list_few(const Settings& set) {
         const uint8_t stage = set.stages[set.stages[0] == kTemperature];
         if (stage != kTopK || !waiting_ || !penalties_.lower()) return false;
         auto& keys = buffers().keys;
-        for (int64_t count = set.top_k + set.top_k / 4; count < block_count(); count *= 2) {
+        int64_t count = set.top_k + set.top_k / 4;
+        for (int tries = 0; tries < 3 && count < block_count(); ++tries, count *= 4) {
             const F least = reached_by(count, maxima().data(), block_count());
             if (least == -INFINITY) return false;
             keys.clear();
-            auto list = [&](bool held) {
+            auto list_blocks = [&](bool held) {
                 F near[kBlock];
                 for (int64_t b = 0; b < block_count(); ++b)
                     if (maxima()[b] >= least && holds(b) == held)
                         list_block(held ? x_ + b * kBlock : as_it_came(b, near), b, least, static_cast<F>(INFINITY), keys);
             };
-            if (any_held()) list(true);
+            if (any_held()) list_blocks(true);
             const size_t done = keys.size();
-            list(false);
+            list_blocks(false);
             penalise_keys(keys, done);
             const Key lowest = least_of(least);
             keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return k < lowest; }), keys.end());
@@ -387,7 +388,7 @@ class Row {
             for (int64_t j = 0; j < size; ++j) {
                 const uint32_t at = index(own[j]);
                 const F value = has[j] ? after[j] : before[j];
-                values()[at] = value;
+                values()[at] = value;  // of a block that stays not held: whoever holds it makes it anew
                 own[j] = key(value, at);
             }
         }

@@ -5,16 +5,16 @@
 #include <cstdint>
 #include <vector>
 
-namespace twodice {
+#include "sampling_block.hpp"
 
-constexpr int64_t kBlock = 128;  // ids, or values, that are looked at together
+namespace twodice {
 
 // One walk through the history answers for all ids that were asked for. They are few, so most tokens are dismissed by
 // their block, and that without a branch, which nobody could predict.
 class Said {
    public:
     void begin(int64_t blocks) {
-        slot_.assign(blocks, kNone);
+        slot_.resize(blocks);
         wanted_.assign(blocks, 0);
         if (asked_.size() < static_cast<size_t>(kWords * blocks)) asked_.resize(kWords * blocks);
         slots_ = 0;
@@ -46,7 +46,6 @@ class Said {
     }
 
    private:
-    static constexpr uint16_t kNone = 0xFFFF;
     static constexpr int64_t kWords = kBlock / 64;
 
     static uint64_t bit_of(uint32_t id) { return uint64_t{1} << (id % 64); }  // or of a place
@@ -78,7 +77,7 @@ class Said {
     }
 
     uint16_t slots_ = 0;
-    std::vector<uint16_t> slot_;   // by block: where what is known of it stands
+    std::vector<uint16_t> slot_;   // by block that is wanted: where what is known of it stands
     std::vector<uint8_t> wanted_;  // by block: one of its ids was asked for
     std::vector<uint64_t> asked_;  // a bit an id, of blocks that are wanted
     std::vector<uint64_t> has_;    // by slot, a bit an id

@@ -126,7 +126,7 @@ class Stages : public Levels<F> {
     }
 
     void top_k(int64_t k, bool ties) {
-        have_list_ |= few_;
+        if (few_) have_list_ = true;  // made when the row was settled
         if (have_list_) {
             auto& keys = list();
             if (k >= static_cast<int64_t>(keys.size())) return;

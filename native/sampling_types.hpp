@@ -59,10 +59,10 @@ struct Settings {  // ROW in kernels/sampling_settings.py
     double dry_multiplier, dry_base;
     int64_t top_k, penalty_range, ngram, dry_allowed, dry_range, min_tokens;
     List bias, allowed, banned, stop, breaker;
-    float penalty, presence, frequency;
-    int32_t rules;
+    double penalty, presence, frequency;
+    int64_t rules;
 };
-static_assert(sizeof(Settings) == 288, "as packed by numpy");
+static_assert(sizeof(Settings) == 304, "as packed by numpy");
 
 struct Logits {
     const char* data;
@@ -74,7 +74,7 @@ struct Job {
     const Settings* settings;
     bool one_setting;
     const int64_t* ids;  // every list of every row
-    const float* values;
+    const double* values;
     const uint64_t* keys;
     bool one_key;
     const int64_t *positions, *completions;  // or null: then the one for all rows

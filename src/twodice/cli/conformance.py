@@ -52,10 +52,12 @@ def conformance(
         int, typer.Option(metavar="N", help="draws of an ordinary row; at least 2000")
     ] = 100_000,
     ties: Annotated[
-        str, typer.Option(help="equal logits at the cut of top-k: lower-id stay, or all are kept")
+        str, typer.Option(help="equal logits at the cut of top-k: lower-id (stays) or kept (all are)")
     ] = "lower-id",
     crossing: Annotated[str, typer.Option(help="the token that crosses top-p: kept or dropped")] = "kept",
-    temperature: Annotated[str, typer.Option(help="first (before the filters) or last")] = "first",
+    temperature: Annotated[
+        str, typer.Option(help="first (before the filters) or last (behind them)")
+    ] = "first",
     offers: Annotated[
         str | None,
         typer.Option(metavar="WHAT", help="seeds, coupled, both with a comma, or none [default: as it says]"),

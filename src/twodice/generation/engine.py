@@ -327,11 +327,10 @@ class _Batch:
             need=("raw_logprob",),
             on_bad_row="flag",
         )
-        raise_on_bad(
-            drawn.status, "drop what the settings of this request forbid, or load a model that is finite"
-        )
         assert drawn.raw_logprob is not None, "it was asked for"
         tokens, logprobs = drawn.tokens.tolist(), drawn.raw_logprob.tolist()
+        if min(tokens) < 0:
+            raise_on_bad(drawn.status, "forbid less, or load a model whose logits are numbers")
         states = [math.nan] * len(live) if drawn.state is None else drawn.state.tolist()
         for row, one in enumerate(live):
             if one.request.explain:

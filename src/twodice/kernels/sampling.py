@@ -97,13 +97,14 @@ def native(
         threads,
     )
     out = Sampled(tokens, tokens, rank=rank, state=moved)
-    del out.status  # which is made when it is read
+    del out.status  # not the tokens: as long as none is set, it is made where somebody reads it
     if floats is not None:
         for name, values in zip(_FLOATS, floats, strict=True):
             if name in need:
                 setattr(out, name, values)
-    bad = found
-    if offsets is not None:
+    if offsets is None:
+        bad = found
+    else:
         bad, flat = found
         ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
         out.kept = (offsets, ids)

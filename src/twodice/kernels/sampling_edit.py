@@ -64,7 +64,7 @@ def _restrict(x: Tensor, row: Any, settings: Settings, mask: Tensor | None, gene
     """Stage 2 on one row: bias, the packed mask, allowed ids, banned ids, and stop ids while it is short."""
     at = slice(int(row["bias_begin"]), int(row["bias_end"]))
     ids = torch.from_numpy(settings.ids[at]).to(x.device)
-    x[ids] += torch.from_numpy(settings.values[at]).to(x.device)
+    x[ids] += torch.from_numpy(settings.values[at]).to(x.device, x.dtype)
     if mask is not None:
         place = torch.arange(x.numel(), device=x.device)
         x[(mask[place >> 5].to(torch.int64) >> (place & 31)) & 1 == 0] = -torch.inf

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum, IntFlag
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,10 +109,10 @@ ROW = np.dtype(
         ("dry_range", "<i8"),
         ("min_tokens", "<i8"),
         *((f"{name}_{end}", "<i8") for name in LISTS for end in ("begin", "end")),
-        ("penalty", "<f4"),  # 1 is off
-        ("presence", "<f4"),  # 0 is off
-        ("frequency", "<f4"),  # 0 is off
-        ("rules", "<i4"),
+        ("penalty", "<f8"),  # 1 is off
+        ("presence", "<f8"),  # 0 is off
+        ("frequency", "<f8"),  # 0 is off
+        ("rules", "<i8"),
     ]
 )
 
@@ -121,13 +121,13 @@ ROW = np.dtype(
 class Settings:
     """The settings of R rows, or of one that stands for all rows, packed for the kernels.
 
-    `rows` is a structured array of `ROW`. ``ids`` holds every list of every row, ``values`` the float32 that
+    `rows` is a structured array of `ROW`. ``ids`` holds every list of every row, ``values`` the number that
     a bias adds to the id at the same place (0 for the other lists). `moves` says which rows have a state.
     """
 
     rows: npt.NDArray[Any]
     ids: npt.NDArray[np.int64]
-    values: npt.NDArray[np.float32]
+    values: npt.NDArray[np.float64]
     highest_id: int
     reads_history: bool
     reads_prompts: bool
@@ -154,8 +154,9 @@ class Settings:
                 else:
                     place[name] = value
         flat = np.array(ids, np.int64)
-        with np.errstate(over="ignore"):  # -1e300 bans like -inf
-            numbers = np.array(values, np.float64).astype(np.float32)
+        numbers = np.array(values, np.float64)
+        with np.errstate(over="ignore"):  # -1e300 bans like -inf, whatever the type of the logits
+            numbers = np.where(np.isinf(numbers.astype(np.float32)), np.copysign(np.inf, numbers), numbers)
         counts = (table["presence"] != 0) | (table["frequency"] != 0)
         generated = (counts & ((table["rules"] & int(Rule.COUNT_PROMPT)) == 0)) | (table["min_tokens"] > 0)
         generated |= (table["penalty"] != 1) & ((table["rules"] & int(Rule.REPEAT_TEXT)) != 0)
@@ -204,7 +205,7 @@ class Draw:
     completion: int | Tensor
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sampled:
     """What is returned for R rows; a field that was not asked for is None.
 
@@ -252,13 +253,15 @@ class Sampled:
     temperature_entropy: Tensor | None = None
     state: Tensor | None = None
 
-    def __getattr__(self, name: str) -> Tensor:
-        # Called for what is not set. A status that nobody has set is that of rows that are all OK; it is made
-        # when somebody reads it, because making a tensor takes a tenth of a call.
-        if name != "status":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.status = torch.zeros(len(self.tokens), dtype=torch.int32)
-        return self.status
+    if not TYPE_CHECKING:  # for which any name would be an attribute
+
+        def __getattr__(self, name: str) -> Tensor:
+            # Called for what is not set. A status that nobody has set is that of rows that are all OK; it is
+            # made when somebody reads it, because making a tensor takes a tenth of a call.
+            if name != "status":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.status = self.tokens.new_zeros(len(self.tokens), dtype=torch.int32)
+            return self.status
 
     def __repr__(self) -> str:
         return told(self)

@@ -101,8 +101,8 @@ def _unreadable(value: Any, error: Exception) -> str:
         return name
     if any(isinstance(one, Tensor) for one in value):
         return f"a {name} of tensors: torch.stack makes one of them"
-    if any(isinstance(one, str) for one in value):
-        return f"a {name} of text, {value[0]!r} the first: a tokenizer makes ids of it"
+    if texts := [one for one in value if isinstance(one, str)]:
+        return f"a {name} with text in it, {texts[0]!r}"
     lengths = [len(one) for one in value if isinstance(one, list | tuple)]
     if len(set(lengths)) > 1:
         return f"rows of {min(lengths)} to {max(lengths)}: they must be of one length"

@@ -170,7 +170,8 @@ class Packs:
         if found is not None and _same(known, params):  # no hash, which takes as long as a small row
             return found
         found = self._find(params)
-        self._last = params, found
+        if found.size <= self.most:
+            self._last = params, found
         return found
 
     def _find(self, params: SamplingParams | tuple[SamplingParams, ...]) -> Packed:

@@ -55,7 +55,8 @@ def _past(value: History, rows: int, vocabulary: int) -> Past:
     if ids.ndim != 1 or offsets.shape != (rows + 1,):
         raise ShapeError(
             f"history must be (ids (n,), offsets ({rows + 1},), prompt_lengths ({rows},)); "
-            f"got ids {tuple(ids.shape)} and offsets {tuple(offsets.shape)}"
+            f"got ids {tuple(ids.shape)} and offsets {tuple(offsets.shape)}: of a list of ids a row, `rows`, "
+            "ids is sum(rows, []) and offsets [0, *itertools.accumulate(map(len, rows))]"
         )
     prompts = None
     if len(value) == 3 and value[2] is not None:
@@ -80,9 +81,10 @@ def _misfit(past: Past, vocabulary: int) -> ShapeError | RequestError:
             f"the ids of history must be in [0, {vocabulary}); got {past.ids.min()} to {past.ids.max()}"
         )
     assert past.prompts is not None
+    row = int(((past.prompts < 0) | (past.prompts > lengths)).to(torch.int8).argmax())
     return ShapeError(
         f"the prompt_lengths of history must be ({len(lengths)},), each in [0, tokens of its row]; "
-        f"got {past.prompts.tolist()} for {lengths.tolist()} tokens"
+        f"row {row} has {int(past.prompts[row])} of {int(lengths[row])} tokens"
     )
 
 
@@ -103,39 +105,54 @@ def history_of(value: History | None, settings: Settings, rows: int, vocabulary:
 
 
 _WORDS_OF_32 = (torch.int32, torch.uint32, torch.int64, torch.uint64)
-_PACKED = (
-    'np.packbits(np.pad(allowed, ((0, 0), (0, -allowed.shape[1] % 32))), axis=1, bitorder="little")'
-    ".view(np.int32)"
-)
-"""How a (rows, vocabulary) array of truths becomes a mask, for the error."""
+_PACKED = {
+    1: 'np.packbits(np.pad(allowed, (0, -len(allowed) % 32)), bitorder="little").view(np.int32)',
+    2: 'np.packbits(np.pad(allowed, ((0, 0), (0, -allowed.shape[1] % 32))), axis=1, bitorder="little")'
+    ".view(np.int32)",
+}
+"""How a (vocabulary,) or (rows, vocabulary) array of truths becomes a mask, for the error."""
 
 
-def mask_of(value: Any, lead: tuple[int, ...], vocabulary: int, device: torch.device) -> Tensor | None:
-    """The packed mask, (*lead, ceil(V / 32)) int32 with a contiguous last axis, on the logits' device."""
+def mask_of(
+    value: Any, lead: tuple[int, ...], vocabulary: int, device: torch.device, name: str = "allowed_mask"
+) -> Tensor | None:
+    """The packed mask, (*lead, ceil(V / 32)) int32 with a contiguous last axis, on the logits' device.
+
+    A list holds the mask of each row, as engines keep one for each request, or None for a row that is free.
+    """
     if value is None:
         return None
     shape = (*lead, (vocabulary + 31) // 32)
-    if isinstance(value, list | tuple) and any(row is None for row in value):
-        # Of an engine that holds the grammar of each request; a row without one is free.
+    words = f"{name} must be {shape} int32, word id // 32 with bit id % 32 for each id"
+    if lead and isinstance(value, list | tuple):
+        if len(value) != lead[0]:
+            raise ShapeError(f"{words}; got a {type(value).__name__} of {len(value)}")
         free = torch.full(shape[1:], -1, dtype=torch.int32)
-        masks = [mask_of(row, lead[1:], vocabulary, free.device) for row in value]
-        value = torch.stack([free if mask is None else mask for mask in masks])
-    found = tensor_of("allowed_mask", value)
+        host = free.device
+        masks = [
+            mask_of(one, lead[1:], vocabulary, host, f"row {i} of {name}") for i, one in enumerate(value)
+        ]
+        rows = [free if mask is None else mask for mask in masks]
+        return torch.stack(rows).to(device) if rows else torch.empty(shape, dtype=torch.int32, device=device)
+    found = tensor_of(name, value)
+    if lead in ((), (1,)) and found.shape in ((1, *shape), shape[1:]):  # one row, with or without its axis
+        found = found.reshape(shape)
     if found.shape != shape or found.dtype not in _WORDS_OF_32:
         how = ""
-        if found.dtype == torch.bool:
-            how = f": of truths `allowed` {_PACKED} makes it"
+        if found.dtype == torch.bool and found.ndim in _PACKED:
+            how = f": of truths `allowed` {_PACKED[found.ndim]} makes it"
+        elif found.ndim and found.shape[-1] < shape[-1] and found.element_size() == 8 and not lead:
+            how = ": .view(np.int32) splits words of 64 bits; ids go to SamplingParams(allowed_tokens=...)"
         elif found.ndim and found.shape[-1] < shape[-1] and found.element_size() == 8:
             how = ": .view(np.int32) splits words of 64 bits"
-        raise ShapeError(
-            f"allowed_mask must be {shape} int32, word id // 32 with bit id % 32 for each id; "
-            f"got {tuple(found.shape)} of {found.dtype}{how}"
-        )
+        elif found.shape[:-1] == lead and found.dtype in _WORDS_OF_32:
+            how = f" for a vocabulary of {vocabulary}: give it words of 0 for padded logits, or cut it"
+        raise ShapeError(f"{words}; got {tuple(found.shape)} of {found.dtype}{how}")
     if found.dtype in (torch.int64, torch.uint64):  # as lists come: the words may be signed or not
-        found = integers_of("allowed_mask", found, "words of 32 bits")
+        found = integers_of(name, found, "words of 32 bits")
         if bool(((found < -(2**31)) | (found >= 2**32)).any()):
             raise ShapeError(
-                "allowed_mask must be words of 32 bits, in [-2^31, 2^32); "
+                f"{name} must be words of 32 bits, in [-2^31, 2^32); "
                 f"got {int(found.min())} to {int(found.max())}: put bit id % 32 into word id // 32"
             )
         found = torch.where(found < 2**31, found, found - 2**32).to(torch.int32)
@@ -248,8 +265,8 @@ def sample(
         Which of n continuations of one request this is; in [0, 2^32).
     allowed_mask : (R, ceil(V / 32)) int32 tensor, optional
         Bit ``id % 32`` of word ``id // 32`` says whether the id may be drawn, as grammar engines pack it.
-        uint32 too, and lists and 64-bit arrays whose numbers fit into 32 bits, signed or not. Of a list of
-        rows, None is one in which everything is allowed.
+        uint32 too, and lists and 64-bit arrays whose numbers fit into 32 bits, signed or not; or a list of
+        one mask a row, None for a row in which everything is allowed.
     state : (R,) float64 tensor, optional
         Mirostat's `Sampled.state` of the position before; None, or NaN in a row, starts anew. A row without
         mirostat has NaN there; a number in it is an error.

@@ -161,8 +161,8 @@ def verify(
         Of the target model: ``logits[:, 0]`` behind the text so far, ``logits[:, j]`` behind j drafted
         tokens.
     draft_tokens : (R, D) integers
-        What the draft proposes; a shorter draft ends in -1, or is a shorter one of a list of lists. Where it
-        came from does not matter.
+        What the draft proposes; a shorter draft ends in -1, or is the shorter one, or None, of a list.
+        Where it came from does not matter.
     params, position, history, completion, state, need, on_bad_row
         As for `sample`: a seed in every row, the position of ``draft_tokens[:, 0]``, the history without the
         draft (each place sees the drafted tokens before it too). Rows with a `state` are drawn place by
@@ -259,6 +259,22 @@ def verify(
     )
 
 
+def _padded(drafts: Sequence[Any], rows: int, most: int) -> Tensor:
+    """(R, D) int64 of a list of drafts, None or shorter where one stopped early."""
+    if len(drafts) != rows:
+        raise ShapeError(f"draft_tokens must be one draft a row, {rows}; got {len(drafts)}")
+    found = torch.full((rows, most), -1, dtype=torch.int64)
+    for i, one in enumerate(drafts):
+        ids = integers_of(f"row {i} of draft_tokens", [] if one is None else one)
+        if ids.ndim != 1 or len(ids) > most:
+            raise ShapeError(
+                f"row {i} of draft_tokens must be at most {most} integers, one fewer than logits; "
+                f"got shape {tuple(ids.shape)}"
+            )
+        found[i, : len(ids)] = ids
+    return found
+
+
 def _checked(
     logits: Tensor,
     draft_tokens: Any,
@@ -276,22 +292,27 @@ def _checked(
         )
     rows, width, vocabulary = logits.shape
     must = f"({rows}, {width - 1}) integers, one fewer a row than logits"
-    if isinstance(draft_tokens, list | tuple) and all(isinstance(one, list | tuple) for one in draft_tokens):
-        sizes = {len(one) for one in draft_tokens}
-        if len(sizes) > 1 and max(sizes) == width - 1:  # as drafters give them
-            draft_tokens = [[*one, *[-1] * (width - 1 - len(one))] for one in draft_tokens]
+    if isinstance(draft_tokens, list | tuple):
+        draft_tokens = _padded(draft_tokens, rows, width - 1)
     draft = integers_of("draft_tokens", draft_tokens, must)
     if draft.shape != (rows, width - 1):
         raise ShapeError(f"draft_tokens must be {must}; got shape {tuple(draft.shape)}")
-    if draft.numel() and (int(draft.min()) < -1 or int(draft.max()) >= vocabulary):
+    beyond = (draft < -1) | (draft >= vocabulary)
+    if bool(beyond.any()):
+        row = int(beyond.any(1).to(torch.int8).argmax())
         raise RequestError(
             f"draft_tokens must be in [0, {vocabulary}), or -1 behind the end; "
-            f"got {int(draft.min())} to {int(draft.max())}"
+            f"row {row} has {int(draft[row][beyond[row]][0])}"
         )
     there = draft >= 0
     lengths = there.sum(1)
-    if not torch.equal(there, torch.arange(width - 1) < lengths[:, None]):
-        raise ShapeError("a shorter draft must end in -1, with no token behind the first -1; got one")
+    behind = there & (torch.arange(width - 1) >= lengths[:, None])
+    if bool(behind.any()):
+        row = int(behind.any(1).to(torch.int8).argmax())
+        raise ShapeError(
+            f"a shorter draft must end in -1, with no token behind the first -1; row {row} is "
+            f"{draft[row].tolist()}"
+        )
     given = each_row(params, rows)
     packed = pack(given) if rows else pack(SamplingParams(seed=0))
     if not packed.all_seeded:

@@ -5,13 +5,16 @@ The readable one penalises every id. Both give the same bits, however much of th
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from tests.support.both_samplers import NATIVE, assert_equal, both, needs_native, restored  # noqa: F401
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from twodice.kernels import dispatch
+from twodice.sampling.explain import edited
 from twodice.sampling.params import SamplingParams
 from twodice.sampling.sample import sample
 
@@ -128,3 +131,57 @@ def test_a_window_and_penalties_that_raise_are_served_too() -> None:
         ),
     ]
     check(logits, params, history)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [{"min_p": 0.3}, {"top_p": 0.6}, {"typical_p": 0.5}, {"temperature": 1.5, "dynatemp_range": 0.5}, {}],
+)
+@pytest.mark.parametrize("penalties", [{"presence_penalty": 1e6}, {"repetition_penalty": 50.0}])
+def test_what_follows_counts_from_the_greatest_that_is_left(behind: Any, penalties: Any) -> None:
+    """The greatest before the penalties is far above; a row where nearly all of the first are gone."""
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(5)).half() * 3
+    for top, length in ((1, 5), (15, 200), (300, 3000), (VOCABULARY, 20_000)):
+        history = histories(logits, [length] * 5, top)
+        params = [SamplingParams(top_k=12, seed=i, **behind, **penalties) for i in range(5)]
+        check(logits, params, history)
+        check(torch.stack([logits, logits], 2)[:, :, 1], params, history)  # strided
+
+
+def test_rows_leave_nothing_behind_for_the_next_one() -> None:
+    """Rows that go by few ids stand between rows whose penalties wait at blocks; nobody reads a row again."""
+    logits = torch.randn(40, VOCABULARY, generator=torch.Generator().manual_seed(6)) * 2
+    history = histories(logits, [0, 700, 3000, 40] * 10, 50)
+    kinds: list[dict[str, Any]] = [
+        {"top_k": 10}, {"min_p": 0.2}, {"top_k": 500}, {"temperature": 0.0},
+        {"top_k": 10, "logit_bias": {3: 2.0}}, {"top_p": 0.5}, {"top_k": 3, "presence_penalty": 1e5},
+    ]  # fmt: skip
+    params = [SamplingParams(**{**PENALTIES, "seed": i, **kinds[i % len(kinds)]}) for i in range(40)]
+    together = sample(logits, params, 1, history=history)
+    ids, offsets, prompts = history
+    for i in reversed(range(40)):
+        own = (ids[offsets[i] : offsets[i + 1]], offsets[i : i + 2] - offsets[i], prompts[i : i + 1])
+        assert sample(logits[i], params[i], 1, history=own).tokens[0] == together.tokens[i]
+    dispatch.native = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert sample(logits, params, 1, history=history).tokens.equal(together.tokens)
+
+
+def test_float64_logits_are_edited_by_float64_numbers() -> None:
+    """As transformers does; float32 numbers would part what is a tie."""
+    x = torch.tensor([[4.4, -1.1, 1.0, 2.0]], dtype=torch.float64)
+    history = ([0, 1], [0, 2], [0])
+    wanted = RepetitionPenaltyLogitsProcessor(1.1)(torch.tensor([[0, 1]]), x.clone())
+    found = edited(x, SamplingParams(repetition_penalty=1.1, profile="hf"), history=history)
+    assert found.equal(wanted)
+    settings = SamplingParams(
+        seed=1, presence_penalty=0.1, frequency_penalty=0.2, logit_bias={3: 0.1, 2: -1e300}
+    )
+    found = edited(x, settings, history=history)
+    assert found.tolist() == [[(4.4 - 0.2) - 0.1, (-1.1 - 0.2) - 0.1, float("-inf"), 2.0 + 0.1]]
+    native, reference = both(x, settings, 0, history=history)
+    assert_equal(native, reference)
+    tie = torch.tensor([[1.1, 1.0]], dtype=torch.float64)
+    greedy = SamplingParams(repetition_penalty=1.1, temperature=0)
+    assert sample(tie, greedy, 0, history=([0], [0, 1], [0])).tokens.tolist() == [0]

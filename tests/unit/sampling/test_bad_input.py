@@ -243,7 +243,7 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: sample(X, SEEDED, 0, allowed_mask=[[2**32, 1], [3, 1]]), ShapeError,
          r"words of 32 bits, in \[-2\^31, 2\^32\); got 1 to 4294967296: put bit id % 32 into word"),
         (lambda: sample(X, SEEDED, 0, allowed_mask=[[-(2**31) - 1, 1], [3, 1]]), ShapeError,
-         "words of 32 bits, .*got -2147483649 to 3"),
+         "words of 32 bits, .*got -2147483649 to 1"),
         (lambda: sample(X, SEEDED, 0, allowed_mask=np.ones((2, 1), np.uint64)), ShapeError,
          r"got \(2, 1\) of torch.uint64: .view\(np.int32\) splits words of 64 bits"),
         (lambda: verify(DRAFTED, [[1], [1]], SEEDED, 0, allowed_mask=torch.ones(2, 2, 2)), ShapeError,
@@ -311,7 +311,7 @@ PAST = ([1, 2, 3], [0, 1, 3], [0, 1])
         (lambda: sample(X, COUNTS, 0, history=(*PAST[:2], None)), RequestError, "got no prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=PAST[:2]), RequestError, "got no prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=7), ShapeError, "got int"),
-        (lambda: sample(X, COUNTS, 0, history=(["a", "b"], *PAST[1:])), ShapeError, "text, 'a' the first"),
+        (lambda: sample(X, COUNTS, 0, history=(["a", "b"], *PAST[1:])), ShapeError, "with text in it, 'a'"),
         (lambda: sample(X, SEEDED, 0, allowed_mask=[None, [1]]), ShapeError, r"must be \(2,\) int32"),
         (lambda: sample(X, COUNTS, 0, history=(*PAST, [0])), ShapeError, "ids, offsets, prompt_lengths"),
         (lambda: sample(X, COUNTS, 0, history=([1, 2, 40], *PAST[1:])), RequestError, "got 1 to 40"),
@@ -422,10 +422,27 @@ def test_a_mask_may_be_what_engines_and_lists_have() -> None:
 def test_a_row_of_a_mask_that_is_none_is_free() -> None:
     row = torch.tensor([3, 0], dtype=torch.int32)
     mask = torch.stack([torch.full((2,), -1, dtype=torch.int32), row])
-    for given in ([None, row], [None, [3, 0]], (None, row.numpy())):
+    both = [torch.full((1, 2), -1, dtype=torch.int32), row[None]]  # as xgrammar makes them for one request
+    for given in ([None, row], [None, [3, 0]], (None, row.numpy()), both, list(mask), list(mask.numpy())):
         found = sample(X, SEEDED, 0, allowed_mask=given, need=("kept",))
         assert found.kept is not None and found.kept[0].tolist() == [0, 40, 42]
         assert found.tokens.equal(sample(X, SEEDED, 0, allowed_mask=mask).tokens)
+    one = sample(X[1], SEEDED, 0, allowed_mask=row).tokens
+    assert one.equal(sample(X[1:], SEEDED, 0, allowed_mask=row[None]).tokens)
+    assert sample(X[:0], SEEDED, 0, allowed_mask=[]).tokens.shape == (0,)
+    places = verify(DRAFTED, [[-1], [-1]], SEEDED, 0, allowed_mask=[[None, row], [row, None]])
+    assert places.next_tokens.equal(sample(X, SEEDED, 0, allowed_mask=mask).tokens)
+    for wrong, words in (
+        (
+            [None, [1]],
+            r"row 1 of allowed_mask must be \(2,\) int32.*SamplingParams\(allowed_tokens=",
+        ),
+        ([None], "a list of 1"),
+        (mask[:, :1], "got \\(2, 1\\) .* for a vocabulary of 40"),
+        ([np.ones(40, bool), None], r"np.packbits\(np.pad\(allowed, \(0, -len\(allowed\) % 32\)\)"),
+    ):
+        with pytest.raises(ShapeError, match=words):
+            sample(X, SEEDED, 0, allowed_mask=wrong)
 
 
 def test_the_error_for_a_mask_of_truths_says_how_to_pack_it() -> None:

@@ -273,22 +273,27 @@ def test_no_rows_and_no_drafts_are_served_and_arrays_come_back_as_arrays() -> No
 def test_drafts_of_unlike_lengths_may_come_as_lists() -> None:
     x = torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(0))
     params = [SamplingParams(seed=i) for i in range(3)]
-    found, padded = (
-        verify(x, draft, params, 0) for draft in ([[1, 2], [], [3]], [[1, 2], [-1, -1], [3, -1]])
-    )
-    assert found.tokens.equal(padded.tokens) and found.next_tokens.equal(padded.next_tokens)
+    for draft, whole in (
+        ([[1, 2], None, [3]], [[1, 2], [-1, -1], [3, -1]]),
+        ([[1], [], np.array([3])], [[1, -1], [-1, -1], [3, -1]]),  # whose longest is shorter too
+        ([[], [], []], [[-1, -1]] * 3),
+    ):
+        found, padded = (verify(x, one, params, 0) for one in (draft, torch.tensor(whole)))
+        assert found.tokens.equal(padded.tokens) and found.next_tokens.equal(padded.next_tokens)
+    assert verify(x[:0], [], [], 0).tokens.shape == (0, 3)
 
 
 def test_what_does_not_fit_is_an_error() -> None:
     x, params = torch.zeros(2, 3, 8), SamplingParams(seed=0)
     cases: list[tuple[Any, str, dict[str, Any]]] = [
-        (ShapeError, r"\(2, 2\) integers", {"draft_tokens": [[1], [2]]}),
-        (ShapeError, "rows of 1 to 3: they must be of one length", {"draft_tokens": [[1], [2, 2, 2]]}),
-        (ShapeError, r"\(2, 2\) integers", {"draft_tokens": [[1.0, 2], [2, 1]]}),
+        (ShapeError, r"\(2, 2\) integers", {"draft_tokens": torch.ones(2, 1, dtype=torch.int64)}),
+        (ShapeError, "one draft a row, 2; got 1", {"draft_tokens": [[1, 2]]}),
+        (ShapeError, r"row 1 of draft_tokens must be at most 2 .*\(3,\)", {"draft_tokens": [[1], [2, 2, 2]]}),
+        (ShapeError, "row 0 of draft_tokens must be integers", {"draft_tokens": [[1.0, 2], [2, 1]]}),
         (ShapeError, r"\(2, 2\) integers.*complex", {"draft_tokens": torch.ones(2, 2) * 1j}),
         (ShapeError, r"floats; got \(2, 3, 8\) of torch.int64", {"logits": x.long()}),
-        (RequestError, r"in \[0, 8\), or -1 behind the end; got 1 to 8", {"draft_tokens": [[1, 8], [2, 1]]}),
-        (ShapeError, "must end in -1", {"draft_tokens": [[-1, 2], [2, 1]]}),
+        (RequestError, r"in \[0, 8\), or -1 behind the end; row 0 has 8", {"draft_tokens": [[1, 8], [2, 1]]}),
+        (ShapeError, r"must end in -1.*row 0 is \[-1, 2\]", {"draft_tokens": [[-1, 2], [2, 1]]}),
         (ShapeError, "drafted tokens \\+ 1, vocabulary", {"logits": x[0]}),
         (RequestError, "needs a seed in every row", {"params": SamplingParams()}),
         (ShapeError, "one a row, 2; got 3", {"params": [params] * 3}),
