@@ -336,13 +336,13 @@ class Row {
 
     // For a program whose first filter is top-k: lists the tokens that it may keep, finds the greatest, and is true. A value
     // that penalties lower is among the first only if it was, so the history is asked for the few ids alone that were, and
-    // no block need be held. Where few of them stay it tries more, but not often, for each try is a walk.
+    // no block need be held. Where too few of them stay it tries once more, for each try is a walk.
     bool list_few(const Settings& set) {
         const uint8_t stage = set.stages[set.stages[0] == kTemperature];
         if (stage != kTopK || !waiting_ || !penalties_.lower()) return false;
         auto& keys = buffers().keys;
-        int64_t count = set.top_k + set.top_k / 4;
-        for (int tries = 0; tries < 3 && count < block_count(); ++tries, count *= 4) {
+        int64_t count = set.top_k + set.top_k / 4 + 8;
+        for (int tries = 0; tries < 2 && count < block_count(); ++tries, count *= 4) {
             const F least = reached_by(count, maxima().data(), block_count());
             if (least == -INFINITY) return false;
             keys.clear();
