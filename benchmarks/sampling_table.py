@@ -16,10 +16,10 @@ from typing import Any
 SETTINGS = ("none", "top-k", "top-p", "min-p", "top-k + top-p", "mixed by row")
 
 
-def span(values: Iterable[float], digits: int = 1) -> str:
+def span(values: Iterable[float]) -> str:
     """The least and the greatest of some numbers."""
     found = list(values)
-    return f"{min(found):.{digits}f} to {max(found):.{digits}f}" if found else ""
+    return f"{min(found):.1f} to {max(found):.1f}" if found else ""
 
 
 def multiples(lines: list[dict[str, Any]]) -> None:

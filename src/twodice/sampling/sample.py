@@ -124,7 +124,10 @@ def mask_of(
         return None
     shape = (*lead, (vocabulary + 31) // 32)
     words = f"{name} must be {shape} int32, word id // 32 with bit id % 32 for each id"
-    if lead and isinstance(value, list | tuple):
+    words_of_one = (
+        isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(x, int) for x in value)
+    )
+    if lead and isinstance(value, list | tuple) and not words_of_one:
         if len(value) != lead[0]:
             raise ShapeError(f"{words}; got a {type(value).__name__} of {len(value)}")
         free = torch.full(shape[1:], -1, dtype=torch.int32)

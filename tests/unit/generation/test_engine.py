@@ -270,3 +270,10 @@ def test_each_token_is_explained_by_what_was_drawn() -> None:
         and only.rank == 0
         and only.stages[0].mass == pytest.approx(only.probability, rel=1e-4)
     )
+
+
+def test_a_row_with_nothing_left_is_told_in_words_that_a_request_has() -> None:
+    everything = SamplingParams(banned_tokens=range(257), seed=1)
+    with pytest.raises(RequestError, match=r"no token left.*forbid less") as caught:
+        exact_engine().generate([Request("x", everything, max_tokens=2)])
+    assert "on_bad_row" not in str(caught.value)

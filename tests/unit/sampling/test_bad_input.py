@@ -427,8 +427,9 @@ def test_a_row_of_a_mask_that_is_none_is_free() -> None:
         found = sample(X, SEEDED, 0, allowed_mask=given, need=("kept",))
         assert found.kept is not None and found.kept[0].tolist() == [0, 40, 42]
         assert found.tokens.equal(sample(X, SEEDED, 0, allowed_mask=mask).tokens)
-    one = sample(X[1], SEEDED, 0, allowed_mask=row).tokens
-    assert one.equal(sample(X[1:], SEEDED, 0, allowed_mask=row[None]).tokens)
+    one = sample(X[1:], SEEDED, 0, allowed_mask=row[None]).tokens
+    for alone in (row, [3, 0], (3, 0), [row], [[3, 0]]):
+        assert sample(X[1], SEEDED, 0, allowed_mask=alone).tokens.equal(one)
     assert sample(X[:0], SEEDED, 0, allowed_mask=[]).tokens.shape == (0,)
     places = verify(DRAFTED, [[-1], [-1]], SEEDED, 0, allowed_mask=[[None, row], [row, None]])
     assert places.next_tokens.equal(sample(X, SEEDED, 0, allowed_mask=mask).tokens)

@@ -66,6 +66,8 @@ def test_packs_are_bounded_by_bytes_and_the_last_used_stay() -> None:
     assert packs(lists[0]) is first and packs(lists[1]) is not second
     everything = packs(SamplingParams(allowed_tokens=range(9000)))  # more than all room: served, not kept
     assert everything.settings.highest_id == 8999 and packs(lists[0]) is first
+    large = SamplingParams(allowed_tokens=range(9000))
+    assert packs(large) is not packs(large)  # nor as what came last
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 50, 199, 200, 201])

@@ -329,6 +329,9 @@ def test_the_status_is_there_whenever_it_is_read() -> None:
         pickle.loads(pickle.dumps(sample(x, SamplingParams(seed=1), 0))),
     ):
         assert again.status.tolist() == [0, 0, 0] and again.tokens.equal(found.tokens)
+    fresh = sample(x, SamplingParams(seed=1), 0)
+    with torch.device("meta"):
+        assert fresh.status.device == fresh.tokens.device
     x[1], x[2, 3] = -torch.inf, torch.nan
     found = sample(x, SamplingParams(seed=1), 0, on_bad_row="flag")
     assert found.status.tolist() == [0, 3, 1] and found.tokens[1:].tolist() == [-1, -1]
