@@ -394,14 +394,18 @@ class Row {
         }
     }
 
+    // The greatest value after all edits. Each time that a penalty takes it away, twice as many blocks are made.
     void take_top() {
-        for (;;) {
+        for (int64_t count = 1;; count *= 2) {
             bool bad = false;
             max_ = block_max<F>(maxima().data(), static_cast<int64_t>(maxima().size()), bad);
             if (!waiting_ || max_ == -INFINITY) break;
             const int64_t b = first_equal(maxima().data(), max_);
             hold(b);
             if (maxima()[b] == max_) break;
+            const F likely = reached_by(std::min(count, block_count()), maxima().data(), block_count());
+            for (int64_t j = 0; j < block_count(); ++j)
+                if (maxima()[j] >= likely && waits(j)) hold(j);
         }
         wide_max_ = static_cast<double>(max_);
     }
